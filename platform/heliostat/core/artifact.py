@@ -1,0 +1,146 @@
+"""Artifacts and their records on disk.
+
+A node's folder is `{storage}/{pipeline}/{stage}/{fingerprint}/`. `record.json` in it is written last, to a temporary
+name and renamed: a record present means done and reusable, a record absent means not done, whatever else is there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from heliostat.errors import ArtifactError
+
+RECORD = "record.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a finished node. All fields are JSON values."""
+
+    kind: str
+    """The artifact's kind: `model`, `params`, or what an own stage declares."""
+    pipeline: str
+    node: str
+    stage: str
+    uses: str
+    fingerprint: str
+    identity: Mapping[str, Any]
+    """The document whose hash is the fingerprint: what `explain_change` compares."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, list[dict[str, str]]] = field(default_factory=dict)
+    """For each slot, the artifacts that went in: `[{"node", "fingerprint"}]`."""
+    files: Mapping[str, dict[str, Any]] = field(default_factory=dict)
+    """`{relative name: {"sha256", "bytes"}}`."""
+    tracking: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+    started_at: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished node: its folder and its record."""
+
+    folder: Path
+    record: Record
+
+    @property
+    def node(self) -> str:
+        return self.record.node
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        return self.record.metrics
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Write `record.json`, last and atomically: after this returns, the node is done even if the power goes."""
+    write_json(folder / RECORD, asdict(record))
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document under a temporary name, flush it to disk, and rename it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=1, ensure_ascii=False, allow_nan=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record of a node's folder, or None when the node is not done. Raises ArtifactError for a damaged record."""
+    path = folder / RECORD
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); delete that folder and run again") from error
+
+
+def find_artifact(folder: Path) -> Artifact | None:
+    """The artifact in a node's folder if the node is done and its files are all there at their recorded sizes."""
+    record = read_record(folder)
+    if record is None:
+        return None
+    for name, entry in record.files.items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            return None
+    return Artifact(folder, record)
+
+
+def digest_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of the named files of a folder. Raises ArtifactError for one that is missing."""
+    entries = {}
+    for name in sorted(names):
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} was announced as part of the artifact, but is not there")
+        with path.open("rb") as file:
+            entries[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+    return entries
+
+
+def keep_only(folder: Path, names: Iterable[str]) -> None:
+    """Delete what a finished stage left in its folder besides the named files: checkpoints and temporary files."""
+    keep = {folder / name for name in names}
+    parents = {parent for path in keep for parent in path.parents}
+    for path in sorted(folder.iterdir()):
+        _drop(path, keep, parents)
+
+
+def _drop(path: Path, keep: set[Path], parents: set[Path]) -> None:
+    if path in keep:
+        return
+    if path.is_dir() and not path.is_symlink():
+        if path not in parents:
+            shutil.rmtree(path)
+            return
+        for child in sorted(path.iterdir()):
+            _drop(child, keep, parents)
+    else:
+        path.unlink()
+
+
+def records(storage: Path, *, pipeline: str | None = None, stage: str | None = None) -> Iterator[tuple[Path, Record]]:
+    """Every readable record of a store with its folder, oldest first."""
+    found = []
+    for path in storage.glob(f"{pipeline or '*'}/{stage or '*'}/*/{RECORD}"):
+        try:
+            record = read_record(path.parent)
+        except ArtifactError:
+            continue  # a damaged record is not history; the node that owns it says so when it is planned
+        if record is not None:
+            found.append((path.parent, record))
+    yield from sorted(found, key=lambda item: item[1].started_at)

@@ -1,0 +1,265 @@
+"""From a pipeline to a graph of planned nodes: expand, check, fingerprint, and look up what is done already.
+
+A stage becomes one node for each combination of its matrix values and of the variants in its single-input slots; a slot
+that gathers (`model*`) takes every variant. Everything is checked here, before anything starts: stage kinds, configs,
+edges, and the user's functions, which are imported but never called.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from heliostat.core import imports
+from heliostat.core.artifact import Artifact, Record, find_artifact, records
+from heliostat.core.identity import explain_change, fingerprint
+from heliostat.core.model import Spec
+from heliostat.core.paths import set_path, why_not_a_path
+from heliostat.core.spec import Pipeline, Resources, Stage, Task
+from heliostat.core.stage import ConfigView, Slot, StageKind, find_kind
+from heliostat.core.validate import validate
+from heliostat.errors import ArtifactError, ResourceError, SpecError, nearest
+
+
+@dataclass(frozen=True)
+class Node:
+    """A planned node. Its folder is `{storage}/{pipeline}/{stage}/{fingerprint}/`."""
+
+    name: str
+    stage: str
+    uses: str
+    kind: StageKind
+    config: Spec
+    inputs: Mapping[str, tuple["Node", ...]]
+    resources: Resources
+    retries: int
+    identity: Mapping[str, Any]
+    fingerprint: str
+    folder: Path
+    status: Literal["run", "reuse"] = "run"
+    reason: str = ""
+    estimate_s: float | None = None
+    """The seconds that the stage's last node took, when the store knows one."""
+
+    @property
+    def upstream(self) -> list["Node"]:
+        return list({node.name: node for nodes in self.inputs.values() for node in nodes}.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The nodes in an order in which each comes after what it needs, and the task's functions by their place."""
+
+    pipeline: Pipeline
+    nodes: tuple[Node, ...]
+    functions: Mapping[str, Callable[..., Any]]
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the whole run: of all its nodes together."""
+        return fingerprint({"pipeline": self.pipeline.name, "nodes": {n.name: n.fingerprint for n in self.nodes}})
+
+    def node(self, name: str) -> Node:
+        return next(node for node in self.nodes if node.name == name)
+
+
+def plan_pipeline(pipeline: Pipeline, *, force: Sequence[str] = ()) -> Plan:
+    """The plan of a pipeline. Nodes of the stages in `force`, and those after them, run whatever the store has.
+
+    Raises SpecError that names the place, the value and the nearest right word.
+    """
+    known = [stage.name for stage in pipeline.stages]
+    for name in force:
+        if name not in known:
+            raise SpecError(f"--force {name}: no stage {name!r}{nearest(name, known)}")
+    imports.use_root(pipeline.root)
+    functions = _import_task(pipeline.task)
+    history = _History(pipeline)
+    by_stage: dict[str, list[Node]] = {}
+    for index, stage in enumerate(pipeline.stages):
+        place = f"stages[{index}] ({stage.name})"
+        nodes = _expand(pipeline, stage, place, by_stage, functions)
+        by_stage[stage.name] = [history.look_up(node, forced=stage.name in force) for node in nodes]
+    return Plan(pipeline, tuple(node for nodes in by_stage.values() for node in nodes), functions)
+
+
+def check_fits(plan: Plan, *, cpus: float, gpus: float, where: str) -> None:
+    """Raises ResourceError for a node that still has to run and needs more than `where` can ever give."""
+    for node in plan.nodes:
+        needed_cpus, needed_gpus = node.kind.needs(node.resources)
+        if node.status == "run" and (needed_cpus > cpus or needed_gpus > gpus):
+            raise ResourceError(
+                f"{node.name}: needs {_amount(needed_cpus, needed_gpus)} at once; {where} has {_amount(cpus, gpus)}. "
+                f"Lower stages.{node.stage}.resources, or run on a larger cluster (--address)"
+            )
+
+
+def _amount(cpus: float, gpus: float) -> str:
+    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
+
+
+def _import_task(task: Task) -> dict[str, Callable[..., Any]]:
+    functions = {}
+    for place, reference in task.references.items():
+        try:
+            functions[place] = imports.resolve(reference)
+        except SpecError as error:
+            raise SpecError(f"task.{place}: {reference!r}: {error}") from error.__cause__
+    positional = {"model": 0, "data": 0, "loss": 2, "train_fn": 2}
+    for place, function in functions.items():
+        count = positional.get(place, 2)
+        problem = imports.why_not_callable(function, (), positional=count, partial=count == 0)
+        if problem:
+            raise SpecError(f"task.{place}: {task.references[place]!r} {problem}")
+    return functions
+
+
+# --- expansion -------------------------------------------------------------------------------------
+
+
+def _expand(
+    pipeline: Pipeline,
+    stage: Stage,
+    place: str,
+    by_stage: Mapping[str, list[Node]],
+    functions: Mapping[str, Callable[..., Any]],
+) -> Iterator[Node]:
+    try:
+        kind = find_kind(stage.uses)
+    except SpecError as error:
+        raise SpecError(f"{place}.uses: {error}") from error.__cause__
+    slots = _connect(pipeline, stage, kind, place, by_stage)
+    sources = _sources(pipeline, kind)
+    for path in stage.matrix:
+        problem = why_not_a_path(kind.config, path)
+        if problem:
+            raise SpecError(f"{place}.matrix.{path}: {problem}")
+    axes = [[(path, value) for value in values] for path, values in stage.matrix.items()]
+    singles = [[(slot, node) for node in nodes] for slot, nodes in slots.items() if not kind.inputs[slot].many]
+    for values, variants in itertools.product(itertools.product(*axes), itertools.product(*singles)):
+        written: dict[str, Any] = dict(stage.config)
+        for path, value in values:
+            written = set_path(written, path, value)
+        labels = [f"{path}={value}" for path, value in values]
+        labels += [node.name for (slot, node) in variants if len(slots[slot]) > 1]
+        inputs: dict[str, tuple[Node, ...]] = {slot: (node,) for slot, node in variants}
+        inputs |= {slot: tuple(nodes) for slot, nodes in slots.items() if kind.inputs[slot].many}
+        config = validate(kind.config, written, f"{place}.config")
+        view = ConfigView(
+            pipeline.task, functions, {s: [(n.kind, n.config) for n in nodes] for s, nodes in inputs.items()}
+        )
+        for problem in kind.check(config, view):
+            raise SpecError(f"{place}.{problem}")
+        identity = _identity(pipeline, kind, config, inputs, sources)
+        digest = fingerprint(identity)
+        yield Node(
+            name=f"{stage.name}[{','.join(labels)}]" if labels else stage.name,
+            stage=stage.name,
+            uses=stage.uses,
+            kind=kind,
+            config=config,
+            inputs=inputs,
+            resources=stage.resources,
+            retries=stage.retries,
+            identity=identity,
+            fingerprint=digest,
+            folder=pipeline.storage_folder / pipeline.name / stage.name / digest,
+        )
+
+
+def _connect(
+    pipeline: Pipeline, stage: Stage, kind: StageKind, place: str, by_stage: Mapping[str, list[Node]]
+) -> dict[str, list[Node]]:
+    """The nodes that go into each slot, checked: the slot exists, the stage comes earlier, the kinds agree."""
+    later = [s.name for s in pipeline.stages]
+    slots: dict[str, list[Node]] = {}
+    for slot, names in stage.inputs.items():
+        if slot not in kind.inputs:
+            raise SpecError(f"{place}.inputs.{slot}: {kind.name} has no input {slot!r}{nearest(slot, kind.inputs)}")
+        for name in names:
+            if name not in by_stage:
+                when = "comes later, or is this stage itself" if name in later else "does not exist"
+                raise SpecError(f"{place}.inputs.{slot}: the stage {name!r} {when}{nearest(name, by_stage)}")
+            slots.setdefault(slot, []).extend(by_stage[name])
+            _check_edge(kind.inputs[slot], by_stage[name][0], f"{place}.inputs.{slot}")
+    for slot, wanted in kind.inputs.items():
+        if not slots.get(slot) and not wanted.optional:
+            raise SpecError(
+                f"{place}.inputs.{slot}: missing; {kind.name} needs the name of a stage that makes a {wanted.kind}"
+            )
+    return slots
+
+
+def _check_edge(wanted: Slot, node: Node, place: str) -> None:
+    if node.kind.output != wanted.kind:
+        raise SpecError(f"{place}: {node.stage!r} makes {node.kind.output!r}, but the input takes {wanted.kind!r}")
+
+
+def _sources(pipeline: Pipeline, kind: StageKind) -> dict[str, str]:
+    references = [*pipeline.task.references.values(), kind.reference]
+    return imports.digest_sources(imports.own_sources(references, pipeline.root))
+
+
+def _identity(
+    pipeline: Pipeline,
+    kind: StageKind,
+    config: Spec,
+    inputs: Mapping[str, tuple[Node, ...]],
+    sources: Mapping[str, str],
+) -> dict[str, Any]:
+    task = pipeline.task.model_dump(mode="json")
+    return {
+        "kind": kind.name,
+        "version": kind.version,
+        "task": task,
+        "sources": sources,
+        "config": config.model_dump(mode="json"),
+        "seed": pipeline.seed,
+        "inputs": {slot: [node.fingerprint for node in nodes] for slot, nodes in sorted(inputs.items())},
+    }
+
+
+# --- what the store has ----------------------------------------------------------------------------
+
+
+class _History:
+    """What the store says of earlier nodes of this pipeline, read once."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._latest: dict[str, Record] = {}
+        self._seconds: dict[str, float] = {}
+        self._names: dict[str, str] = {}
+        for _, record in records(pipeline.storage_folder, pipeline=pipeline.name):
+            self._latest[record.node] = record
+            self._seconds[record.stage] = record.seconds
+            self._names[record.fingerprint] = record.node
+
+    def look_up(self, node: Node, *, forced: bool) -> Node:
+        self._names[node.fingerprint] = node.name
+        again = [up.name for up in node.upstream if up.reason.startswith("forced")]
+        found = None if forced or again else find_artifact(node.folder)
+        if found is not None:
+            return replace(node, status="reuse", reason=f"done {found.record.started_at}", estimate_s=0.0)
+        if forced or again:
+            reason = "forced" + (f" with {', '.join(again)}" if again and not forced else "")
+        else:
+            reason = self._why(node)
+        return replace(node, reason=reason, estimate_s=self._seconds.get(node.stage))
+
+    def _why(self, node: Node) -> str:
+        before = self._latest.get(node.name)
+        if before is None:
+            started = node.folder.is_dir() and any(node.folder.iterdir())
+            return "goes on where it was interrupted" if started else "first run"
+        if before.fingerprint == node.fingerprint:
+            return "files of the artifact are missing or cut short"
+        return "; ".join(explain_change(before.identity, node.identity, names=self._names))
+
+
+def artifact_of(node: Node) -> Artifact:
+    """The artifact of a node that is done. Raises ArtifactError when it is not."""
+    found = find_artifact(node.folder)
+    if found is None:
+        raise ArtifactError(f"{node.name}: no finished artifact in {node.folder}")
+    return found

@@ -1,0 +1,218 @@
+"""The search-space grammar: one for every engine.
+
+A space maps dotted paths of the train config to dimensions:
+
+    optimizer.lr: {loguniform: [1.0e-4, 1.0e-1]}
+    model_args.width: {choice: [8, 16, 32]}
+    optimizer.name: {choice: [adam, {value: sgd, space: {optimizer.momentum: {uniform: [0.0, 0.99]}}}]}
+    model_args.depth: {grid: [1, 2, 3]}
+    model_args.bias: true
+
+The last is a constant. An option `{value: …, space: …}` opens further dimensions when it is taken. Parameters come
+out as flat mappings from path to value, exactly as written.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from heliostat.errors import SpecError, nearest
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """A real number in [low, high]."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class LogUniform:
+    """A real number in [low, high] whose logarithm is uniform; 0 < low."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class RandInt:
+    """A whole number in [low, high), as in Python's `range`."""
+
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a choice: a JSON value, and the dimensions that exist only when it is taken."""
+
+    value: Any
+    space: "Space"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of the options, each as likely as the others."""
+
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every value in turn under `grid`; as a choice under the methods that sample."""
+
+    options: tuple[Option, ...]
+
+
+@dataclass(frozen=True)
+class Constant:
+    value: Any
+
+
+Dimension = Uniform | LogUniform | RandInt | Choice | Grid | Constant
+
+
+@dataclass(frozen=True)
+class Space:
+    """Dimensions by dotted path."""
+
+    dimensions: Mapping[str, Dimension]
+
+    @staticmethod
+    def parse(mapping: Any, place: str = "space") -> "Space":
+        """The space that a mapping of the file describes. Raises SpecError with place, value and nearest right word."""
+        if not isinstance(mapping, Mapping):
+            raise SpecError(f"{place}: {mapping!r} is not a mapping from parameter to dimension")
+        return Space({str(path): _parse_dimension(value, f"{place}.{path}") for path, value in mapping.items()})
+
+    def paths(self) -> list[str]:
+        """Every path that a sample may set, those of conditional dimensions included."""
+        found = list(self.dimensions)
+        for dimension in self.dimensions.values():
+            if isinstance(dimension, Choice | Grid):
+                found += [path for option in dimension.options for path in option.space.paths()]
+        return list(dict.fromkeys(found))
+
+    def sample(self, rng: random.Random) -> dict[str, Any]:
+        """One point, drawn at random."""
+        point: dict[str, Any] = {}
+        for path, dimension in self.dimensions.items():
+            match dimension:
+                case Uniform(low, high):
+                    point[path] = rng.uniform(low, high)
+                case LogUniform(low, high):
+                    point[path] = min(max(math.exp(rng.uniform(math.log(low), math.log(high))), low), high)
+                case RandInt(low, high):
+                    point[path] = rng.randrange(low, high)
+                case Choice(options) | Grid(options):
+                    option = rng.choice(options)
+                    point |= {path: option.value, **option.space.sample(rng)}
+                case Constant(value):
+                    point[path] = value
+        return point
+
+    def size(self) -> int | None:
+        """The number of points, or None when a dimension is continuous."""
+        total = 1
+        for dimension in self.dimensions.values():
+            match dimension:
+                case Uniform() | LogUniform():
+                    return None
+                case RandInt(low, high):
+                    total *= high - low
+                case Choice(options) | Grid(options):
+                    sizes = [option.space.size() for option in options]
+                    if None in sizes:
+                        return None
+                    total *= sum(s for s in sizes if s is not None)
+        return total
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Every point, the last dimension varying fastest. Raises SpecError when a dimension is continuous."""
+        axes = [list(_points(path, dimension)) for path, dimension in self.dimensions.items()]
+        return [{k: v for part in parts for k, v in part.items()} for parts in itertools.product(*axes)]
+
+
+def _points(path: str, dimension: Dimension) -> Iterator[dict[str, Any]]:
+    match dimension:
+        case RandInt(low, high):
+            yield from ({path: value} for value in range(low, high))
+        case Choice(options) | Grid(options):
+            yield from ({path: option.value, **rest} for option in options for rest in option.space.grid())
+        case Constant(value):
+            yield {path: value}
+        case _:
+            name = type(dimension).__name__.lower()
+            raise SpecError(f"{path}: {name} has no end of values; a grid needs `grid`, `choice` or `randint`")
+
+
+def _parse_dimension(value: Any, place: str) -> Dimension:
+    if not isinstance(value, Mapping):
+        if isinstance(value, list | tuple):
+            raise SpecError(
+                f"{place}: {value!r} is a list; write {{choice: {list(value)!r}}} to choose among its values"
+            )
+        return Constant(value)
+    if len(value) != 1:
+        raise SpecError(
+            f"{place}: one dimension has one word, not {len(value)}: {', '.join(map(str, value)) or 'nothing'}"
+        )
+    ((word, argument),) = value.items()
+    if word not in _PARSERS:
+        raise SpecError(f"{place}: unknown dimension {word!r}{nearest(str(word), _PARSERS)}")
+    parsed: Dimension = _PARSERS[word](argument, f"{place}.{word}")
+    return parsed
+
+
+def _parse_range(argument: Any, place: str, *, whole: bool) -> tuple[Any, Any]:
+    kinds = (int,) if whole else (int, float)
+    if not isinstance(argument, list | tuple) or len(argument) != 2:
+        raise SpecError(f"{place}: {argument!r} is not a range; write [low, high]")
+    for end in argument:
+        if isinstance(end, bool) or not isinstance(end, kinds) or not math.isfinite(end):
+            raise SpecError(f"{place}: {end!r} is not a {'whole ' if whole else ''}number")
+    low, high = argument
+    if low >= high:
+        raise SpecError(f"{place}: the range [{low}, {high}] is {'reversed' if low > high else 'empty'}")
+    return low, high
+
+
+def _parse_uniform(argument: Any, place: str) -> Uniform:
+    low, high = _parse_range(argument, place, whole=False)
+    return Uniform(float(low), float(high))
+
+
+def _parse_loguniform(argument: Any, place: str) -> LogUniform:
+    low, high = _parse_range(argument, place, whole=False)
+    if low <= 0:
+        raise SpecError(f"{place}: the logarithm needs a low end above zero, not {low}")
+    return LogUniform(float(low), float(high))
+
+
+def _parse_randint(argument: Any, place: str) -> RandInt:
+    return RandInt(*_parse_range(argument, place, whole=True))
+
+
+def _parse_options(argument: Any, place: str) -> tuple[Option, ...]:
+    if not isinstance(argument, list | tuple) or not argument:
+        raise SpecError(f"{place}: {argument!r} offers nothing to choose from; write a list of values")
+    return tuple(_parse_option(value, f"{place}[{i}]") for i, value in enumerate(argument))
+
+
+def _parse_option(value: Any, place: str) -> Option:
+    if isinstance(value, Mapping) and set(value) == {"value", "space"}:
+        return Option(value["value"], Space.parse(value["space"], f"{place}.space"))
+    return Option(value, Space({}))
+
+
+_PARSERS: dict[str, Any] = {
+    "uniform": _parse_uniform,
+    "loguniform": _parse_loguniform,
+    "randint": _parse_randint,
+    "choice": lambda argument, place: Choice(_parse_options(argument, place)),
+    "grid": lambda argument, place: Grid(_parse_options(argument, place)),
+}

@@ -1,0 +1,190 @@
+"""What a pipeline is: frozen objects, the same whether they come from YAML or from Python.
+
+A stage's config is held as it was written (a mapping); the config model of its kind, with every default filled in, is
+what `plan` makes of it. So two files that mean the same have the same fingerprints.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+
+from heliostat.core.imports import REFERENCE, reference_to
+from heliostat.core.model import Count, Integer, NonNegative, NonNegativeInt, Positive, Spec
+from heliostat.errors import SpecError
+
+
+def _to_reference(value: Any) -> Any:
+    if callable(value):
+        try:
+            return reference_to(value)
+        except SpecError as error:
+            raise ValueError(str(error)) from None
+    return value
+
+
+def _is_reference(value: str) -> str:
+    if not REFERENCE.fullmatch(value):
+        raise ValueError(f"{value!r} is not a reference; write it as 'module:attribute'")
+    return value
+
+
+def _is_name(value: str) -> str:
+    if value in {"", ".", ".."} or any(c in value for c in "/\\[],") or value != value.strip() or value.startswith("."):
+        raise ValueError(f"{value!r} cannot be the name of a folder: no '/', '\\', '[', ']', ',', nor a leading '.'")
+    if not value.isprintable() or len(value) > 100:
+        raise ValueError(f"{value!r} cannot be the name of a folder: at most 100 printable characters")
+    return value
+
+
+Reference = Annotated[str, BeforeValidator(_to_reference), AfterValidator(_is_reference)]
+"""`module:attribute`; a function or class in the Python form."""
+Name = Annotated[str, AfterValidator(_is_name)]
+
+
+class MetricRef(Spec):
+    """A function `(outputs, targets) -> float` over a whole split; higher is better unless `mode` says `min`."""
+
+    reference: Reference
+    mode: Literal["max", "min"] = "max"
+
+    @property
+    def name(self) -> str:
+        return self.reference.rpartition(":")[2].rpartition(".")[2]
+
+
+def _to_metric(value: Any) -> Any:
+    return {"reference": value} if isinstance(value, str) or callable(value) else value
+
+
+class Task(Spec):
+    """The user's code, by reference. `data_version` is any text: change it when the data changes outside the code."""
+
+    model: Reference
+    data: Reference
+    loss: Reference = "torch.nn.functional:cross_entropy"
+    metrics: tuple[Annotated[MetricRef, BeforeValidator(_to_metric)], ...] = ()
+    train_fn: Reference | None = None
+    data_version: str | None = None
+
+    @field_validator("metrics")
+    @classmethod
+    def _named_once(cls, metrics: tuple[MetricRef, ...]) -> tuple[MetricRef, ...]:
+        names = [m.name for m in metrics]
+        for name in names:
+            if names.count(name) > 1 or name == "loss":
+                raise ValueError(f"two metrics would be called {name!r}; give the functions different names")
+        return metrics
+
+    @property
+    def references(self) -> dict[str, str]:
+        """Every reference with its place in the file."""
+        found = {"model": self.model, "data": self.data, "loss": self.loss}
+        found.update({f"metrics[{i}]": m.reference for i, m in enumerate(self.metrics)})
+        return found | ({"train_fn": self.train_fn} if self.train_fn else {})
+
+    @property
+    def metric_modes(self) -> dict[str, Literal["max", "min"]]:
+        """Every metric that a model of this task reports for each split, with the direction that is better."""
+        names: dict[str, Literal["max", "min"]] = {}
+        for split in ("train", "val", "test"):
+            names[f"{split}_loss"] = "min"
+            if split != "train":
+                names.update({f"{split}_{m.name}": m.mode for m in self.metrics})
+        return names
+
+
+class Resources(Spec):
+    """How much of the machine a stage may use. Never part of identity."""
+
+    workers: Count = 1
+    workers_per_trial: Count = 1
+    cpus_per_worker: Positive = 1.0
+    gpus_per_worker: NonNegative = 0.0
+    max_concurrent_trials: Count | None = None
+
+
+class Tracking(Spec):
+    """Where MLflow keeps its history: by default SQLite under the storage root."""
+
+    uri: str | None = None
+    experiment: str | None = None
+
+
+Inputs = Annotated[
+    dict[str, tuple[str, ...]],
+    BeforeValidator(
+        lambda v: {k: (s,) if isinstance(s, str) else s for k, s in v.items()} if isinstance(v, Mapping) else v
+    ),
+]
+
+
+class Stage(Spec):
+    """One stage: `Stage("train", TrainConfig(epochs=3), inputs={"params": "search"})`, or an entry of `stages:`.
+
+    `inputs` maps a slot to the names of earlier stages; `matrix` maps a path of the config to the values it takes, one
+    node each.
+    """
+
+    name: Name
+    uses: str
+    inputs: Inputs = Field(default_factory=dict)
+    matrix: dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
+    resources: Resources = Resources()
+    retries: NonNegativeInt = 0
+
+    def __init__(self, name: Any = None, config: Any = None, **fields: Any) -> None:
+        if name is not None:
+            fields["name"] = name
+        if isinstance(config, Spec):
+            from heliostat.core.stage import kind_of_config
+
+            fields.setdefault("uses", kind_of_config(type(config)))
+            fields["config"] = config.model_dump(mode="json", exclude_unset=True)
+        elif config is not None:
+            fields["config"] = config
+        if callable(fields.get("uses")):
+            fields["uses"] = reference_to(fields["uses"])
+        super().__init__(**fields)
+
+
+class Pipeline(Spec):
+    """A whole pipeline. `root` is the folder that the user's modules are looked up in; it is not part of identity."""
+
+    name: Name
+    task: Task
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    storage: str | None = None
+    tracking: Tracking = Tracking()
+    seed: Integer = 0
+    root: Path = Field(default_factory=Path.cwd, exclude=True, repr=False)
+
+    @field_validator("root")
+    @classmethod
+    def _absolute(cls, root: Path) -> Path:
+        return root.resolve()
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> "Pipeline":
+        names = [stage.name for stage in self.stages]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise ValueError(
+                    f"stages[{index}] ({name}): duplicate stage name {name!r}; stages[{names.index(name)}] has it"
+                )
+        return self
+
+    @property
+    def storage_folder(self) -> Path:
+        """The root of the store: `storage`, relative to the pipeline's folder, or `.heliostat/` in it."""
+        return (self.root / (self.storage or ".heliostat")).resolve()
+
+    @property
+    def tracking_uri(self) -> str:
+        return self.tracking.uri or f"sqlite:///{self.storage_folder / 'mlflow.db'}"
+
+    @property
+    def experiment(self) -> str:
+        return self.tracking.experiment or self.name

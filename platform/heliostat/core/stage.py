@@ -1,0 +1,199 @@
+"""What a stage is: inert data (its name, what goes in, what comes out, its config model) and one function.
+
+`@stage("quantize", inputs={"model": "model"}, output="model")` over `def quantize(context, config) -> StageResult`
+registers it, and nothing else happens at import. A slot's kind may end in `?` (the input may be left out) or `*`
+(the slot gathers every variant of every stage that it names; any other slot makes one node per variant).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_type_hints
+
+from heliostat.core.artifact import Artifact
+from heliostat.core.imports import reference_to, resolve
+from heliostat.core.model import Spec
+from heliostat.core.spec import Resources, Task
+from heliostat.errors import SpecError, nearest
+
+Place = Literal["driver", "task"]
+
+
+class Reporter(Protocol):
+    """Where a running stage says what is happening. Safe to call from any thread; never blocks, never raises."""
+
+    def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None:
+        """One row of metrics of epoch `step` (from 1), of the stage itself or of one of its trials."""
+
+    def trial_started(self, trial: str, params: Mapping[str, Any]) -> None: ...
+
+    def trial_ended(
+        self,
+        trial: str,
+        status: Literal["done", "stopped", "failed"],
+        *,
+        metrics: Mapping[str, float],
+        reason: str | None = None,
+    ) -> None: ...
+
+    def progress(self, **fields: Any) -> None:
+        """What the live view shows of the stage: `done`, `total`, `running`, `best` and the like."""
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """All that a stage function is given besides its config."""
+
+    node: str
+    """The node's name, such as `prune[sparsity=0.5]`."""
+    folder: Path
+    """The node's own folder. What an interrupted run left in it is still there."""
+    root: Path
+    """The folder of the pipeline file, where the user's modules are."""
+    task: Task
+    seed: int
+    resources: Resources
+    inputs: Mapping[str, tuple[Artifact, ...]]
+    reporter: Reporter
+
+    def one(self, slot: str) -> Artifact:
+        """The single artifact in `slot`."""
+        (artifact,) = self.inputs[slot]
+        return artifact
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage function returns. The files it wrote into `context.folder` and names here are the artifact."""
+
+    files: Sequence[str]
+    """Relative names of the files that make up the artifact. Everything else in the folder is deleted."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """What the stage decided, as JSON values: the best parameters of a search, the merged config of a training run."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else worth keeping in the record, as JSON values: a table of trials, a table of candidates."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An input of a stage kind."""
+
+    kind: str
+    optional: bool = False
+    many: bool = False
+
+    @staticmethod
+    def parse(text: str) -> "Slot":
+        return Slot(text.rstrip("?*"), optional=text.endswith("?"), many=text.endswith("*"))
+
+
+@dataclass(frozen=True)
+class ConfigView:
+    """What a stage kind's `check` may look at: nothing runs, the user's functions are imported but never called."""
+
+    task: Task
+    functions: Mapping[str, Callable[..., Any]]
+    """The user's functions by their place in the task: `model`, `data`, `loss`, …"""
+    inputs: Mapping[str, Sequence[tuple["StageKind", Spec]]]
+    """The kind and the config of the nodes in each slot."""
+
+
+Check = Callable[[Any, ConfigView], Iterable[str]]
+"""Yields what is wrong with a config, each as `place in the config: what`."""
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """A kind of stage. `version` is part of identity: raise it when the same config would give another result."""
+
+    name: str
+    function: Callable[[StageContext, Any], StageResult]
+    config: type[Spec]
+    inputs: Mapping[str, Slot]
+    output: str
+    version: int
+    place: Place
+    """`task`: runs in a Ray worker, side by side with others. `driver`: drives Ray itself, from the driver."""
+    needs: Callable[[Resources], tuple[float, float]]
+    """The CPUs and GPUs without which the stage can never run."""
+    workload: Callable[[Any], Mapping[str, int]]
+    """What `plan` says of the work ahead, such as `{"trials": 16, "epochs": 4}`."""
+    check: Check
+    reference: str
+
+
+_KINDS: dict[str, StageKind] = {}
+_BUILT_IN = "heliostat.stages."
+ENTRY_POINTS = "heliostat.stages"
+
+F = Callable[[StageContext, Any], StageResult]
+
+
+def stage(
+    name: str,
+    *,
+    inputs: Mapping[str, str] | None = None,
+    output: str,
+    version: int = 1,
+    place: Place = "task",
+    needs: Callable[[Resources], tuple[float, float]] = lambda r: (r.cpus_per_worker, r.gpus_per_worker),
+    workload: Callable[[Any], Mapping[str, int]] = lambda config: {},
+    check: Check = lambda config, view: (),
+) -> Callable[[F], F]:
+    """Declare a stage kind over `function(context, config) -> StageResult`; `config`'s annotation is the config model."""
+
+    def register(function: F) -> F:
+        hints = get_type_hints(function)
+        config = next((hint for key, hint in hints.items() if key == "config"), None)
+        if not (isinstance(config, type) and issubclass(config, Spec)):
+            raise SpecError(
+                f"stage {name!r}: annotate the argument `config` of {function.__name__} with a subclass of Spec"
+            )
+        reference = reference_to(function)
+        slots = {slot: Slot.parse(text) for slot, text in (inputs or {}).items()}
+        kind = StageKind(name, function, config, slots, output, version, place, needs, workload, check, reference)
+        function.__stage_kind__ = kind  # type: ignore[attr-defined]
+        if reference.startswith(_BUILT_IN):
+            _KINDS[name] = kind
+        return function
+
+    return register
+
+
+def find_kind(uses: str) -> StageKind:
+    """The kind that `uses` names: a built-in, an entry point of the group `heliostat.stages`, or `module:function`.
+
+    Raises SpecError when there is none, or when an entry point shadows a built-in.
+    """
+    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    for name in installed:
+        if name in _KINDS:
+            raise SpecError(
+                f"the installed package {installed[name].value!r} may not shadow the built-in stage {name!r}"
+            )
+    if uses in _KINDS:
+        return _KINDS[uses]
+    if uses in installed:
+        return _kind_of(installed[uses].load(), uses)
+    if ":" in uses:
+        return _kind_of(resolve(uses), uses)
+    raise SpecError(f"unknown stage kind {uses!r}{nearest(uses, [*_KINDS, *installed])}")
+
+
+def _kind_of(function: Any, uses: str) -> StageKind:
+    kind = getattr(function, "__stage_kind__", None)
+    if not isinstance(kind, StageKind):
+        raise SpecError(f"{uses!r} is not a stage; put @stage(...) over the function")
+    if kind.name in _KINDS:
+        raise SpecError(f"{uses!r} calls itself {kind.name!r}, but may not shadow the built-in stage of that name")
+    return kind
+
+
+def kind_of_config(config: type[Spec]) -> str:
+    """The `uses` of the built-in whose config model this is. Raises SpecError when several or none have it."""
+    found = [kind.name for kind in _KINDS.values() if kind.config is config]
+    if len(found) != 1:
+        raise SpecError(f"{config.__name__} does not tell the kind of stage; say uses=...")
+    return found[0]
