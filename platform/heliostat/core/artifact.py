@@ -66,6 +66,11 @@ def write_record(folder: Path, record: Record) -> None:
     write_json(folder / RECORD, asdict(record))
 
 
+def artifact_json(record: Record) -> str:
+    """The record as the text of `record.json`."""
+    return json.dumps(asdict(record), indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON document under a temporary name, flush it to disk, and rename it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

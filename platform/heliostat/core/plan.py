@@ -22,7 +22,7 @@ from heliostat.core.validate import validate
 from heliostat.errors import ArtifactError, ResourceError, SpecError, nearest
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Node:
     """A planned node. Its folder is `{storage}/{pipeline}/{stage}/{fingerprint}/`."""
 
@@ -149,8 +149,7 @@ def _expand(
         view = ConfigView(
             pipeline.task, functions, {s: [(n.kind, n.config) for n in nodes] for s, nodes in inputs.items()}
         )
-        for problem in kind.check(config, view):
-            raise SpecError(f"{place}.{problem}")
+        _check(kind, config, view, place)
         identity = _identity(pipeline, kind, config, inputs, sources)
         digest = fingerprint(identity)
         yield Node(
@@ -166,6 +165,15 @@ def _expand(
             fingerprint=digest,
             folder=pipeline.storage_folder / pipeline.name / stage.name / digest,
         )
+
+
+def _check(kind: StageKind, config: Spec, view: ConfigView, place: str) -> None:
+    try:
+        problems = list(kind.check(config, view))
+    except SpecError as error:
+        problems = [str(error)]
+    if problems:
+        raise SpecError("\n".join(f"{place}.{problem}" for problem in problems))
 
 
 def _connect(

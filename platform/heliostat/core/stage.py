@@ -5,6 +5,7 @@ registers it, and nothing else happens at import. A slot's kind may end in `?` (
 (the slot gathers every variant of every stage that it names; any other slot makes one node per variant).
 """
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -56,6 +57,8 @@ class StageContext:
     resources: Resources
     inputs: Mapping[str, tuple[Artifact, ...]]
     reporter: Reporter
+    cancel: threading.Event | None = field(default=None, compare=False)
+    """Set when the run is being stopped. Only stages that run in the driver have it; a task is cancelled whole."""
 
     def one(self, slot: str) -> Artifact:
         """The single artifact in `slot`."""
@@ -121,6 +124,8 @@ class StageKind:
     workload: Callable[[Any], Mapping[str, int]]
     """What `plan` says of the work ahead, such as `{"trials": 16, "epochs": 4}`."""
     check: Check
+    keeps_metrics: bool
+    """The model is one that was measured already, so its metrics are the result's own."""
     reference: str
 
 
@@ -141,8 +146,9 @@ def stage(
     needs: Callable[[Resources], tuple[float, float]] = lambda r: (r.cpus_per_worker, r.gpus_per_worker),
     workload: Callable[[Any], Mapping[str, int]] = lambda config: {},
     check: Check = lambda config, view: (),
+    keeps_metrics: bool = False,
 ) -> Callable[[F], F]:
-    """Declare a stage kind over `function(context, config) -> StageResult`; `config`'s annotation is the config model."""
+    """Declare a stage kind over `function(context, config) -> StageResult`; `config` is annotated with its model."""
 
     def register(function: F) -> F:
         hints = get_type_hints(function)
@@ -153,7 +159,20 @@ def stage(
             )
         reference = reference_to(function)
         slots = {slot: Slot.parse(text) for slot, text in (inputs or {}).items()}
-        kind = StageKind(name, function, config, slots, output, version, place, needs, workload, check, reference)
+        kind = StageKind(
+            name=name,
+            function=function,
+            config=config,
+            inputs=slots,
+            output=output,
+            version=version,
+            place=place,
+            needs=needs,
+            workload=workload,
+            check=check,
+            keeps_metrics=keeps_metrics,
+            reference=reference,
+        )
         function.__stage_kind__ = kind  # type: ignore[attr-defined]
         if reference.startswith(_BUILT_IN):
             _KINDS[name] = kind
@@ -189,6 +208,12 @@ def _kind_of(function: Any, uses: str) -> StageKind:
     if kind.name in _KINDS:
         raise SpecError(f"{uses!r} calls itself {kind.name!r}, but may not shadow the built-in stage of that name")
     return kind
+
+
+def call_stage(reference: str, context: StageContext, config: Mapping[str, Any]) -> StageResult:
+    """Run the stage function that `reference` names: how a stage starts in another process."""
+    kind: StageKind = resolve(reference).__stage_kind__
+    return kind.function(context, kind.config.model_validate(config))
 
 
 def kind_of_config(config: type[Spec]) -> str:

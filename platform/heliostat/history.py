@@ -1,0 +1,167 @@
+"""How a run gets into MLflow: one tree, pipeline > stage > trial, under keys that stay the same when a run resumes."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from heliostat.core.artifact import Record, artifact_json
+from heliostat.core.imports import own_sources
+from heliostat.core.plan import Node, Plan, artifact_of
+from heliostat.tracking.context import code_tags, git_commit, library_versions
+from heliostat.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from heliostat.runner import View
+
+CLOSE_TIMEOUT_S = 60.0
+PARENT_ID_TIMEOUT_S = 30.0
+TRIAL_STATUS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
+    "done": "FINISHED",
+    "stopped": "FINISHED",
+    "failed": "FAILED",
+}
+
+
+class History:
+    """The MLflow side of one run of a plan."""
+
+    def __init__(self, planned: Plan, tracker: Tracker) -> None:
+        self._plan, self._tracker = planned, tracker
+        self._key = f"{planned.pipeline.name}/{planned.fingerprint}"
+        self._stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        self.versions = library_versions()
+        self.git_commit = git_commit(planned.pipeline.root)
+
+    @classmethod
+    @contextmanager
+    def open(cls, planned: Plan, note: Callable[[str], None]) -> Iterator["History"]:
+        """Start tracking the run. Nothing of it blocks; what the store does not take stays in the spool."""
+        pipeline = planned.pipeline
+        spool = pipeline.storage_folder / "spool"
+        tracker = Tracker(pipeline.tracking_uri, experiment=pipeline.experiment, spool=spool)
+        history = cls(planned, tracker)
+        history._begin()
+        try:
+            yield history
+        finally:
+            left = history.close()
+            if left:
+                note(f"{left} tracking events wait in {spool}; `heliostat sync` sends them when the server is back")
+
+    def _begin(self) -> None:
+        pipeline = self._plan.pipeline
+        document = pipeline.model_dump(mode="json", exclude_unset=True)
+        tags = {"heliostat.pipeline": pipeline.name, **code_tags(pipeline.root)}
+        self._tracker.start_run(self._key, name=pipeline.name, tags=tags, params={"seed": pipeline.seed})
+        self._tracker.text(self._key, yaml.safe_dump(document, sort_keys=False), "pipeline.yaml")
+        for path, content in own_sources(pipeline.task.references.values(), pipeline.root).items():
+            self._tracker.text(self._key, content.decode("utf-8"), f"code/{path}")
+
+    def _key_of(self, node: Node) -> str:
+        """A node that is forced to run again is a new run; one that goes on after a crash is the same one."""
+        return f"{self._key}/{node.fingerprint}" + (f"@{self._stamp}" if node.reason.startswith("forced") else "")
+
+    def started(self, node: Node) -> None:
+        tags = {"heliostat.stage": node.stage, "heliostat.uses": node.uses, "heliostat.fingerprint": node.fingerprint}
+        params = node.config.model_dump(mode="json")
+        self._tracker.start_run(self._key_of(node), name=node.name, parent=self._key, tags=tags, params=params)
+
+    def reused(self, node: Node) -> None:
+        run_id = artifact_of(node).record.tracking.get("run_id")
+        self._tracker.tags(self._key, {f"heliostat.reused.{node.name}": run_id or node.fingerprint})
+
+    def reporter(self, node: Node, view: "View") -> "NodeReporter":
+        return NodeReporter(self._tracker, self._key_of(node), node, view)
+
+    def finished(self, node: Node, record: Record) -> None:
+        key = self._key_of(node)
+        if record.metrics:
+            self._tracker.metrics(key, record.metrics, step=0)
+        self._tracker.params(key, {f"result.{name}": value for name, value in record.params.items()})
+        self._tracker.text(key, artifact_json(record), "record.json")
+        self._tracker.tags(key, {"heliostat.path": str(node.folder)})
+        if node.kind.name == "select":
+            self._log_model(key, node, record)
+        self._tracker.end_run(key, status="FINISHED")
+
+    def _log_model(self, key: str, node: Node, record: Record) -> None:
+        from heliostat.stages.measure import recipe_of
+        from heliostat.stages.models import samples
+
+        example = samples(self._plan.pipeline.task, recipe_of(record.params), split="val", count=2)
+        self._tracker.log_model(key, node.folder, input_example=example.numpy())
+
+    def failed(self, node: Node, reason: str) -> None:
+        self._tracker.text(self._key_of(node), reason, "error.txt")
+        self._tracker.tags(self._key_of(node), {"heliostat.error": reason.partition("\n")[0]})
+        self.ended(node, "FAILED")
+
+    def ended(self, node: Node, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        self._tracker.end_run(self._key_of(node), status=status)
+
+    def end(self, status: str, selected: Mapping[str, Any] | None) -> None:
+        if selected is not None:
+            self._tracker.metrics(self._key, selected["metrics"], step=0)
+            self._tracker.tags(self._key, {"heliostat.selected": selected["node"]})
+        ends: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {"done": "FINISHED", "failed": "FAILED"}
+        self._tracker.end_run(self._key, status=ends.get(status, "KILLED"))
+
+    def ids(self, node: Node) -> dict[str, str]:
+        """What the record keeps of the tracking: store, experiment, and the run ids as far as they are known yet."""
+        pipeline = self._plan.pipeline
+        known = {
+            "uri": pipeline.tracking_uri,
+            "experiment": pipeline.experiment,
+            "run_id": self._tracker.run_id(self._key_of(node), 0.0),
+            "pipeline_run_id": self.run_id,
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run id of the pipeline, once the store has it."""
+        return self._tracker.run_id(self._key, 0.0)
+
+    def close(self) -> int:
+        """Deliver what is left; the number of events that could not be delivered."""
+        return self._tracker.close(timeout_s=CLOSE_TIMEOUT_S)
+
+
+class NodeReporter:
+    """Passes what a running stage says on to MLflow and to the view."""
+
+    def __init__(self, tracker: Tracker, key: str, node: Node, view: "View") -> None:
+        self._tracker, self._key, self._node, self._view = tracker, key, node, view
+
+    def _trial(self, trial: str) -> str:
+        return f"{self._key}/{trial}"
+
+    def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None:
+        self._tracker.metrics(self._key if trial is None else self._trial(trial), values, step=step)
+        if trial is None:
+            self._view.progress(self._node, {"epoch": step, **values})
+
+    def trial_started(self, trial: str, params: Mapping[str, Any]) -> None:
+        tags = {"heliostat.trial": trial}
+        self._tracker.start_run(self._trial(trial), name=trial, parent=self._key, tags=tags, params=params)
+
+    def trial_ended(
+        self,
+        trial: str,
+        status: Literal["done", "stopped", "failed"],
+        *,
+        metrics: Mapping[str, float],
+        reason: str | None = None,
+    ) -> None:
+        key = self._trial(trial)
+        self._tracker.tags(key, {"heliostat.trial_status": status})
+        if reason:
+            self._tracker.text(key, reason, "error.txt")
+            self._tracker.tags(key, {"heliostat.error": reason.partition("\n")[0]})
+        self._tracker.end_run(key, status=TRIAL_STATUS[status])
+
+    def progress(self, **fields: Any) -> None:
+        self._view.progress(self._node, fields)

@@ -1,0 +1,19 @@
+"""The built-in stages: for each a config model and one function. Importing this registers them, and is cheap."""
+
+from heliostat.stages.distill import DistillConfig
+from heliostat.stages.export import ExportConfig
+from heliostat.stages.prune import PruneConfig
+from heliostat.stages.quantize import QuantizeConfig
+from heliostat.stages.select import SelectConfig
+from heliostat.stages.train import TrainConfig
+from heliostat.stages.tune import TuneConfig
+
+__all__ = [
+    "DistillConfig",
+    "ExportConfig",
+    "PruneConfig",
+    "QuantizeConfig",
+    "SelectConfig",
+    "TrainConfig",
+    "TuneConfig",
+]

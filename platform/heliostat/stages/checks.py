@@ -1,0 +1,44 @@
+"""What several stages check of their config before anything starts: arguments, metrics, and what goes in."""
+
+from collections.abc import Iterable, Iterator
+
+from heliostat.core.imports import why_not_callable
+from heliostat.core.stage import ConfigView
+from heliostat.errors import nearest
+from heliostat.training.config import TrainConfig
+
+UNTRAINABLE = {"quantize", "export"}
+"""Kinds whose models have no torch parameters that could be trained."""
+
+
+def check_arguments(
+    config: TrainConfig, view: ConfigView, *, place: str, more: Iterable[str] = (), partial: bool = False
+) -> Iterator[str]:
+    """Whether the user's model and data functions take the arguments: those of the config and those of `more` paths."""
+    for name in ("model", "data"):
+        field = f"{name}_args"
+        searched = [path.removeprefix(f"{field}.") for path in more if path.startswith(f"{field}.")]
+        arguments = list(dict.fromkeys([*getattr(config, field), *(path.partition(".")[0] for path in searched)]))
+        problem = why_not_callable(view.functions[name], arguments, partial=partial)
+        if problem:
+            yield f"{place}.{field}: {getattr(view.task, name)!r} {problem}"
+
+
+def check_monitor(config: TrainConfig, view: ConfigView, *, place: str) -> Iterator[str]:
+    if config.monitor is not None:
+        yield from check_metric(config.monitor, view, place=f"{place}.monitor")
+
+
+def check_metric(metric: str, view: ConfigView, *, place: str) -> Iterator[str]:
+    """Whether anybody reports the metric, and whether a choice may look at it."""
+    known = [name for name in view.task.metric_modes if not name.startswith("test_")]
+    if metric.startswith("test_"):
+        yield f"{place}: {metric!r} is of the test split, which nothing may choose by; use val_{metric[5:]!s}"
+    elif metric not in known and view.task.train_fn is None:
+        yield f"{place}: nobody reports {metric!r}{nearest(metric, known)}"
+
+
+def check_trainable(view: ConfigView, *, slot: str) -> Iterator[str]:
+    for kind, _ in view.inputs[slot]:
+        if kind.name in UNTRAINABLE:
+            yield f"inputs.{slot}: what {kind.name!r} makes cannot be trained further; name the stage before it"

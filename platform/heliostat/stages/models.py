@@ -1,0 +1,126 @@
+"""What the stages that make models share: from an artifact to a torch model and back, fine-tuning, and parity."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heliostat.core.artifact import Artifact
+from heliostat.core.imports import own_sources
+from heliostat.core.spec import Task
+from heliostat.core.stage import StageContext
+from heliostat.errors import StageError
+from heliostat.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from heliostat.training.batches import Batch
+    from heliostat.training.loop import Fit
+
+PARITY_SAMPLES = 256
+
+
+def example_of(task: Task, config: TrainConfig) -> "Tensor":
+    """A batch of one real sample: what exports are traced with."""
+    import torch
+
+    from heliostat.training.task import build_data
+
+    return torch.as_tensor(build_data(task, config.data_args)["val"][0][0]).unsqueeze(0)
+
+
+def samples(task: Task, config: TrainConfig, *, split: str, count: int) -> "Tensor":
+    """The inputs of the first `count` samples of a split, as one batch."""
+    import torch
+
+    from heliostat.training.task import build_data
+
+    dataset: Any = build_data(task, config.data_args)[split]
+    return torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(count, len(dataset)))])
+
+
+def train_config_of(artifact: Artifact) -> TrainConfig:
+    """How the model of an artifact was trained: every model's record carries it on from the stage that trained it."""
+    return TrainConfig.model_validate(artifact.record.params["train"])
+
+
+def torch_model(artifact: Artifact) -> "nn.Module":
+    """The artifact's model with parameters to train. Raises StageError for a format that has none."""
+    from heliostat.compression.formats import load_torch
+
+    described = describe(artifact.folder)
+    if described["format"] != "torch":
+        raise StageError(f"{artifact.node} is an {described['format']} model, which cannot be trained further")
+    return load_torch(artifact.folder)
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """The artifact's `model.json`."""
+    document: dict[str, Any] = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    return document
+
+
+def save_trained(
+    context: StageContext,
+    model: "nn.Module",
+    *,
+    config: TrainConfig,
+    history: Sequence[Mapping[str, Any]] = (),
+    reference: str | None = None,
+) -> list[str]:
+    """Write a torch model artifact with the user's own source beside the weights; the names of its files."""
+    from heliostat.compression.formats import save_torch
+
+    reference = reference or context.task.model
+    return save_torch(
+        model,
+        context.folder,
+        reference=reference,
+        model_args=config.model_args,
+        history=history,
+        code=own_sources([reference], context.root),
+        example=example_of(context.task, config),
+    )
+
+
+def fine_tune(
+    context: StageContext,
+    model: "nn.Module",
+    config: TrainConfig,
+    *,
+    batch_loss: "Callable[[Tensor, Batch], Tensor] | None" = None,
+    after_step: "Callable[[nn.Module], None] | None" = None,
+    data: Any = None,
+) -> "Fit":
+    """Train `model` in place with the one loop, going on from the node's own checkpoints after a crash."""
+    from heliostat.training.checkpoints import Checkpoints
+    from heliostat.training.loop import fit
+    from heliostat.training.seeding import seed_everything
+    from heliostat.training.task import build_data, build_objective
+
+    seed_everything(context.seed)
+    fitted = fit(
+        model,
+        data or build_data(context.task, config.data_args),
+        config,
+        objective=build_objective(context.task),
+        seed=context.seed,
+        on_epoch=lambda epoch, row: context.reporter.metrics(row, step=epoch),
+        checkpoints=Checkpoints(context.folder / "checkpoints"),
+        batch_loss=batch_loss,
+        after_step=after_step,
+    )
+    model.load_state_dict(fitted.state)
+    return fitted
+
+
+def parity(context: StageContext, config: TrainConfig, source: Any, *, against: str) -> dict[str, Any]:
+    """How far the artifact, saved and loaded again, is from `source` on real samples of the validation split."""
+    from heliostat.compression.formats import load_model
+    from heliostat.compression.measure import compare_outputs
+
+    inputs = samples(context.task, config, split="val", count=PARITY_SAMPLES)
+    return {"against": against, **compare_outputs(load_model(context.folder), source, inputs)}

@@ -1,0 +1,97 @@
+"""`select`: the best of the candidates within limits, by validation; test figures are only reported beside them."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import Field
+
+from heliostat.core.artifact import Artifact
+from heliostat.core.model import NonNegative, Spec
+from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
+from heliostat.errors import nearest
+from heliostat.stages.checks import check_metric
+
+COSTS = (
+    "latency_ms",
+    "latency_ms_p95",
+    "latency_ms_b32",
+    "latency_ms_b32_p95",
+    "size_mb",
+    "num_params",
+)
+"""What a choice may minimise: every model is measured for these."""
+DIGITS = 6
+
+
+class SelectConfig(Spec):
+    """`max_drop`: how much worse than the baseline a candidate may be, in the metric's own unit."""
+
+    max_drop: dict[str, NonNegative] = Field(default_factory=dict)
+    minimize: tuple[str, ...] = Field(default=("latency_ms", "size_mb"), min_length=1)
+
+
+def _check(config: SelectConfig, view: ConfigView) -> Iterator[str]:
+    for metric in config.max_drop:
+        yield from check_metric(metric, view, place=f"config.max_drop.{metric}")
+    for index, cost in enumerate(config.minimize):
+        if cost not in COSTS:
+            yield f"config.minimize[{index}]: no model is measured for {cost!r}{nearest(cost, COSTS)}"
+
+
+@stage(
+    "select",
+    inputs={"baseline": "model", "candidates": "model*"},
+    output="model",
+    place="driver",
+    needs=lambda resources: (0, 0),
+    check=_check,
+    keeps_metrics=True,
+)
+def select(context: StageContext, config: SelectConfig) -> StageResult:
+    """Choose. The artifact is a copy of the chosen model; the record has a verdict on every candidate."""
+    from heliostat.compression.pareto import choose
+
+    baseline = context.one("baseline")
+    candidates = {artifact.node: artifact for artifact in context.inputs["candidates"]}
+    choice = choose(
+        (baseline.node, baseline.metrics),
+        {name: artifact.metrics for name, artifact in candidates.items()},
+        max_drop=config.max_drop,
+        minimize=config.minimize,
+        directions=context.task.metric_modes,
+    )
+    everyone = {baseline.node: baseline, **candidates}
+    chosen = everyone[choice.chosen]
+    for name in chosen.record.files:
+        target = context.folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(chosen.folder / name, target)
+    verdicts = {verdict.name: verdict for verdict in choice.verdicts}
+    return StageResult(
+        files=list(chosen.record.files),
+        metrics=chosen.metrics,
+        params=chosen.record.params,
+        details={
+            "chosen": choice.chosen,
+            "baseline": baseline.node,
+            "table": _table(baseline, [everyone[name] for name in verdicts], verdicts),
+        },
+    )
+
+
+def _table(baseline: Artifact, artifacts: Sequence[Artifact], verdicts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a model: its figures, how they compare with the baseline's, and why it was or was not chosen."""
+    base = baseline.metrics
+    return [
+        {
+            "model": artifact.node,
+            "chosen": verdicts[artifact.node].chosen,
+            "why": verdicts[artifact.node].reason,
+            "on_front": verdicts[artifact.node].on_front,
+            "speed_up": round(base["latency_ms"] / artifact.metrics["latency_ms"], DIGITS),
+            "size_ratio": round(artifact.metrics["size_mb"] / base["size_mb"], DIGITS),
+            "metrics": dict(artifact.metrics),
+        }
+        for artifact in artifacts
+    ]

@@ -1,0 +1,66 @@
+"""`train`: several workers through Ray Train, or one in place; the best epoch by validation is the artifact."""
+
+from collections.abc import Iterator
+
+from heliostat.core.paths import overlay
+from heliostat.core.spec import Resources
+from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
+from heliostat.stages.checks import check_arguments, check_monitor
+from heliostat.training.config import TrainConfig as TrainConfig
+
+
+def _check(config: TrainConfig, view: ConfigView) -> Iterator[str]:
+    searched = [path for _, upstream in view.inputs.get("params", ()) for path in getattr(upstream, "searched", ())]
+    partial = any(not hasattr(upstream, "searched") for _, upstream in view.inputs.get("params", ()))
+    yield from check_arguments(config, view, place="config", more=searched, partial=partial)
+    yield from check_monitor(config, view, place="config")
+
+
+def _needs(resources: Resources) -> tuple[float, float]:
+    return resources.workers * resources.cpus_per_worker, resources.workers * resources.gpus_per_worker
+
+
+@stage(
+    "train",
+    inputs={"params": "params?"},
+    output="model",
+    place="driver",
+    needs=_needs,
+    workload=lambda config: {"epochs": config.epochs},
+    check=_check,
+)
+def train(context: StageContext, config: TrainConfig) -> StageResult:
+    """Train the task's model. The parameters that a search found override the config."""
+    from heliostat.runtime.trainer import train_workers
+    from heliostat.stages.models import parity, save_trained
+    from heliostat.training.seeding import seed_everything
+    from heliostat.training.task import build_model
+
+    for found in context.inputs.get("params", ()):
+        config = overlay(config, found.record.params, place=f"{found.node}'s parameters")
+    assert context.cancel is not None
+    fitted = train_workers(
+        context.task,
+        config,
+        resources=context.resources,
+        seed=context.seed,
+        root=context.root,
+        folder=context.folder,
+        reporter=context.reporter,
+        cancel=context.cancel,
+    )
+    seed_everything(context.seed)
+    model = build_model(context.task, config.model_args)
+    model.load_state_dict(fitted.state)
+    files = save_trained(context, model.eval(), config=config)
+    return StageResult(
+        files=files,
+        metrics=fitted.metrics,
+        params={"train": config.model_dump(mode="json", exclude_unset=True)},
+        details={
+            "best_epoch": fitted.epoch,
+            "epochs": fitted.epochs,
+            "history": fitted.history,
+            "parity": parity(context, config, model, against="the model before saving"),
+        },
+    )

@@ -1,0 +1,196 @@
+"""`tune`: hyperparameter search through Ray Tune; the artifact is the best parameters and every trial."""
+
+import random
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from heliostat.core.artifact import write_json
+from heliostat.core.model import Count, Integer, Spec
+from heliostat.core.paths import overlay, why_not_a_path
+from heliostat.core.space import Choice, Grid, LogUniform, RandInt, Space, Uniform
+from heliostat.core.spec import Resources
+from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
+from heliostat.errors import SpecError
+from heliostat.stages.checks import check_arguments, check_metric
+from heliostat.training.config import TrainConfig
+
+Algorithm = Literal["grid", "random", "bayesian"]
+SMALL_SPACE = 64
+"""`auto` tries every point of a discrete space up to this size, if the trials suffice."""
+BAYESIAN_FROM = 20
+"""`auto` models the objective from this many trials on: TPE draws its first ones at random anyway."""
+
+
+class ObjectiveConfig(Spec):
+    """The metric that trials are compared by. `mode` is the metric's own by default: a loss is better low."""
+
+    metric: str
+    mode: Literal["max", "min"] | None = None
+
+
+class AshaConfig(Spec):
+    """Asynchronous successive halving (Li et al. 2018, https://arxiv.org/abs/1810.05934), in its stopping form.
+
+    Trials are compared after `grace_epochs` epochs and then each time `reduction_factor` times as many; one in
+    `reduction_factor` goes on.
+    """
+
+    grace_epochs: Count = 1
+    reduction_factor: Annotated[Integer, Field(ge=2)] = 3
+
+
+class SchedulerConfig(Spec):
+    asha: AshaConfig = AshaConfig()
+
+
+def _to_scheduler(value: Any) -> Any:
+    return {"asha": {}} if value == "asha" else None if value == "none" else value
+
+
+class TuneConfig(Spec):
+    """A search. `grid` needs no `trials`; the other methods run 16 unless told."""
+
+    algorithm: Literal["grid", "random", "bayesian", "auto"] = "auto"
+    trials: Count | None = None
+    space: dict[str, Any]
+    objective: ObjectiveConfig | None = None
+    scheduler: Annotated[SchedulerConfig | None, BeforeValidator(_to_scheduler)] = None
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def searched(self) -> list[str]:
+        """The dotted paths that the search sets."""
+        return Space.parse(self.space).paths()
+
+    @property
+    def method(self) -> tuple[Algorithm, int, str]:
+        """The method, the number of trials, and why: what `auto` and the defaults come down to."""
+        size = Space.parse(self.space).size()
+        if self.algorithm == "grid":
+            return "grid", size or 0, f"every one of {size} points"
+        trials = self.trials or 16
+        if self.algorithm != "auto":
+            return self.algorithm, trials, "as asked"
+        if size is not None and size <= min(SMALL_SPACE, trials):
+            return "grid", size, f"the space has only {size} points"
+        if trials < BAYESIAN_FROM:
+            return "random", trials, f"{trials} trials are too few to learn a model of the space from"
+        return "bayesian", trials, f"{trials} trials suffice to learn where the space is good"
+
+
+def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
+    space = Space.parse(config.space, "config.space")
+    if not space.dimensions:
+        yield "config.space: nothing to search; name at least one parameter"
+    bad_paths = {path: why_not_a_path(TrainConfig, path) for path in space.paths()}
+    for path, problem in bad_paths.items():
+        if problem:
+            yield f"config.space.{path}: not a field of the train config: {problem}"
+    if not any(bad_paths.values()):
+        for point in _probes(space):
+            overlay(config.train, point, place="config.space")
+        yield from check_arguments(config.train, view, place="config.train", more=space.paths())
+    if config.algorithm == "grid":
+        try:
+            space.grid()
+        except SpecError as error:
+            yield f"config.space.{error}"
+        if config.trials is not None and space.size() not in (None, config.trials):
+            yield f"config.trials: a grid runs each of its {space.size()} points, not {config.trials}; leave it out"
+    if config.objective is not None:
+        yield from check_metric(config.objective.metric, view, place="config.objective.metric")
+
+
+def _probes(space: Space) -> Iterator[Mapping[str, Any]]:
+    """Points that show whether the train config takes what the space offers: some at random, then every end."""
+    rng = random.Random(0)
+    yield from (space.sample(rng) for _ in range(8))
+    for path, dimension in space.dimensions.items():
+        match dimension:
+            case Uniform(low, high) | LogUniform(low, high):
+                ends: list[Any] = [low, high]
+            case RandInt(low, high):
+                ends = [low, high - 1]
+            case Choice(options) | Grid(options):
+                ends = [option.value for option in options if not option.space.dimensions]
+            case _:
+                ends = []
+        yield from ({**space.sample(rng), path: end} for end in ends if _opens_nothing(dimension))
+
+
+def _opens_nothing(dimension: Any) -> bool:
+    return not any(option.space.dimensions for option in getattr(dimension, "options", ()))
+
+
+def _needs(resources: Resources) -> tuple[float, float]:
+    workers = resources.workers_per_trial
+    return workers * resources.cpus_per_worker, workers * resources.gpus_per_worker
+
+
+def _workload(config: TuneConfig) -> dict[str, int]:
+    _, trials, _ = config.method
+    return {"trials": trials, "epochs": trials * config.train.epochs}
+
+
+@stage("tune", output="params", place="driver", needs=_needs, workload=_workload, check=_check)
+def tune(context: StageContext, config: TuneConfig) -> StageResult:
+    """Search. Each trial is one training of `config.train` with the parameters of the trial laid over it."""
+    from heliostat.runtime.scheduling import AshaSettings
+    from heliostat.runtime.trials import search
+
+    algorithm, trials, reason = config.method
+    metric, mode = _objective(config, context.task.metric_modes)
+    asha = config.scheduler.asha if config.scheduler else None
+    assert context.cancel is not None
+    outcome = search(
+        context.task,
+        space=Space.parse(config.space),
+        algorithm=algorithm,
+        trials=trials,
+        train=config.train,
+        objective=(metric, mode),
+        scheduler=AshaSettings(asha.grace_epochs, asha.reduction_factor) if asha else None,
+        seed=context.seed,
+        resources=context.resources,
+        root=context.root,
+        folder=context.folder,
+        reporter=context.reporter,
+        cancel=context.cancel,
+    )
+    states = [trial.status for trial in outcome.trials]
+    write_json(
+        context.folder / "trials.json",
+        [
+            {
+                "id": t.id,
+                "params": t.params,
+                "status": t.status,
+                "metrics": t.metrics,
+                "epochs": t.epochs,
+                "reason": t.reason,
+                "seconds": t.seconds,
+            }
+            for t in outcome.trials
+        ],
+    )
+    return StageResult(
+        files=["trials.json", "journal.jsonl"],
+        metrics=dict(outcome.best.metrics),
+        params=outcome.best.params,
+        details={
+            "algorithm": algorithm,
+            "why": reason,
+            "objective": {"metric": metric, "mode": mode},
+            "best_trial": outcome.best.id,
+            "trials": {state: states.count(state) for state in ("done", "stopped", "failed")},
+        },
+    )
+
+
+def _objective(config: TuneConfig, modes: Mapping[str, Literal["max", "min"]]) -> tuple[str, Literal["max", "min"]]:
+    first = next((name for name in modes if name.startswith("val_") and name != "val_loss"), "val_loss")
+    metric = config.objective.metric if config.objective else first
+    stated = config.objective.mode if config.objective else None
+    return metric, stated or modes.get(metric, "min" if metric.endswith("loss") else "max")
