@@ -14,7 +14,7 @@ from heliostat.tracking.context import code_tags, git_commit, library_versions
 from heliostat.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from heliostat.runner import View
+    from heliostat.core.outcome import View
 
 CLOSE_TIMEOUT_S = 60.0
 PARENT_ID_TIMEOUT_S = 30.0

@@ -11,77 +11,30 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import heliostat.stages  # noqa: F401 - registers the built-in stages
 from heliostat.core import load
 from heliostat.core.artifact import Record, digest_files, keep_only, write_record
+from heliostat.core.outcome import NodeOutcome, RunResult, Status, Unwatched, View
 from heliostat.core.plan import Node, Plan, artifact_of, check_fits, plan_pipeline
 from heliostat.core.spec import Pipeline
 from heliostat.core.stage import StageContext, StageResult, call_stage
 from heliostat.errors import HeliostatError
 from heliostat.history import History
+from heliostat.report import runs
+from heliostat.report.documents import run_document
 
 if TYPE_CHECKING:
     from heliostat.runtime.session import Session
 
-Status = Literal["ran", "reused", "failed", "skipped"]
 POLL_S = 0.2
-
-
-@dataclass(frozen=True)
-class NodeOutcome:
-    """What became of a node. `error` is the reason for `failed` and `skipped`."""
-
-    name: str
-    stage: str
-    uses: str
-    status: Status
-    fingerprint: str
-    path: Path
-    seconds: float = 0.0
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What became of a run. `selected` is the model that the last `select` stage chose: node, path and metrics."""
-
-    pipeline: str
-    status: Literal["done", "failed", "interrupted"]
-    nodes: tuple[NodeOutcome, ...]
-    tracking: Mapping[str, str | None]
-    selected: Mapping[str, Any] | None
-    log: Path | None = None
-    untracked: int = 0
-    """Events that the tracking server has not got yet; `heliostat sync` delivers them."""
-
-
-class View(Protocol):
-    """Who watches a run. Called from several threads; returns at once."""
-
-    def began(self, plan: Plan, *, log: Path | None) -> None: ...
-    def note(self, text: str) -> None: ...
-    def started(self, node: Node) -> None: ...
-    def progress(self, node: Node, fields: Mapping[str, Any]) -> None: ...
-    def ended(self, outcome: NodeOutcome) -> None: ...
-
-
-class Unwatched:
-    """A view that shows nothing."""
-
-    def began(self, plan: Plan, *, log: Path | None) -> None: ...
-    def note(self, text: str) -> None: ...
-    def started(self, node: Node) -> None: ...
-    def progress(self, node: Node, fields: Mapping[str, Any]) -> None: ...
-    def ended(self, outcome: NodeOutcome) -> None: ...
 
 
 def load_pipeline(path: str | Path, *, settings: Sequence[str] = ()) -> Pipeline:
@@ -138,8 +91,16 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
     pipeline = planned.pipeline
     if address is None:
         check_fits_here(planned)
-    log = pipeline.storage_folder / "logs" / f"{pipeline.name}-{datetime.now():%Y%m%d-%H%M%S}.log"
+    run_id = runs.new_run_id(pipeline.name)
+    log = pipeline.storage_folder / "logs" / f"{run_id}.log"
     view.began(planned, log=log)
+    unfinished = [_outcome(node, "skipped", error="the run has not ended") for node in planned.nodes]
+    tracking: dict[str, str | None] = {"uri": pipeline.tracking_uri, "experiment": pipeline.experiment, "run_id": None}
+    runs.write_run(
+        pipeline.storage_folder,
+        run_id,
+        run_document(RunResult(pipeline.name, "unfinished", tuple(unfinished), tracking, None, log)),
+    )
     with session.start(address, log=log, root=pipeline.root) as ray, History.open(planned, view.note) as history:
         total = ray.resources()
         where = "this machine" if address is None else f"the cluster at {address}"
@@ -152,8 +113,10 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
         selected = _selected(planned, outcomes)
         history.end(status, selected)
         untracked = history.close()
-    tracking = {"uri": pipeline.tracking_uri, "experiment": pipeline.experiment, "run_id": history.run_id}
-    return RunResult(pipeline.name, status, tuple(outcomes), tracking, selected, log, untracked)
+    tracking["run_id"] = history.run_id
+    result = RunResult(pipeline.name, status, tuple(outcomes), tracking, selected, log, untracked)
+    runs.write_run(pipeline.storage_folder, run_id, run_document(result))
+    return result
 
 
 class _Execution:

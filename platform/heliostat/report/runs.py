@@ -1,0 +1,45 @@
+"""The history of runs in a store: one JSON document a run under `runs/`, written when it starts and when it ends."""
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from heliostat.core.artifact import Record, records, write_json
+from heliostat.errors import SpecError, nearest
+
+
+def new_run_id(pipeline: str) -> str:
+    return f"{pipeline}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def write_run(storage: Path, run_id: str, document: Mapping[str, Any]) -> None:
+    folder = storage / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{run_id}.json", {"run": run_id, **document})
+
+
+def read_runs(storage: Path) -> list[dict[str, Any]]:
+    """Every run of the store, newest first. One that was killed still says `unfinished`."""
+    return [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted((storage / "runs").glob("*.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    ]
+
+
+def find(storage: Path, name: str) -> dict[str, Any] | tuple[Path, Record]:
+    """The run, or the finished node (by fingerprint, its beginning, its name or its path), that `name` means.
+
+    Raises SpecError when the store has neither; of several nodes of that name, the newest is meant.
+    """
+    runs = {document["run"]: document for document in read_runs(storage)}
+    if name in runs:
+        return runs[name]
+    nodes = list(records(storage))
+    for folder, record in reversed(nodes):
+        by_fingerprint = len(name) >= 6 and record.fingerprint.startswith(name)
+        if by_fingerprint or name == record.node or Path(name).resolve() == folder:
+            return folder, record
+    known = [*runs, *(record.node for _, record in nodes)]
+    raise SpecError(f"{storage} has no run or node {name!r}{nearest(name, known)}")

@@ -1,0 +1,75 @@
+"""How figures and tables look on a terminal."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+ROOM_FOR_REASONS = 130
+"""From this many columns on, a table of candidates has room for the reasons beside the figures."""
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `38 s`, `4 min 10 s`, `2 h 05 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def figure(value: Any) -> str:
+    """A number with four significant digits; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 1000):
+        return f"{int(value):,}"
+    return f"{value:.4g}"
+
+
+def candidates_table(rows: Sequence[Mapping[str, Any]], metric: str | None, *, width: int) -> Group:
+    """What `select` saw: one row a model, and why it was or was not chosen.
+
+    `metric` is a task metric such as `accuracy`. Where `width` has no room for the reasons, they stand below.
+    """
+    quality = metric or "loss"
+    table = Table(
+        title="candidates, the uncompressed baseline first", title_justify="left", title_style="bold", box=SIMPLE_HEAD
+    )
+    table.add_column("model", no_wrap=True)
+    for name in (f"val {quality}", f"test {quality}", "MB", "params", "p50 ms", "speed-up", "size"):
+        table.add_column(name, justify="right", no_wrap=True)
+    beside = width >= ROOM_FOR_REASONS
+    if beside:
+        table.add_column("why", overflow="fold", min_width=30)
+    for row in rows:
+        metrics = row["metrics"]
+        cells = [
+            row["model"],
+            *(figure(metrics.get(f"{split}_{quality}", "")) for split in ("val", "test")),
+            f"{metrics['size_mb']:.3f}",
+            figure(int(metrics["num_params"])),
+            f"{metrics['latency_ms']:.3f}",
+            f"{row['speed_up']:.1f}x",
+            f"{row['size_ratio']:.3f}",
+            *([row["why"]] if beside else []),
+        ]
+        table.add_row(*map(Text, cells), style="bold green" if row["chosen"] else None)
+    reasons = [] if beside else [Text(f"  {row['model']}: {row['why']}") for row in rows]
+    return Group(table, *reasons)
+
+
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A plain table of figures and words."""
+    table = Table(box=SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*(Text(figure(cell)) if cell is not None else "" for cell in row))
+    return table
