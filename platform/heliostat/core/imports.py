@@ -183,8 +183,8 @@ def digest_sources(sources: Mapping[str, bytes]) -> dict[str, str]:
 # --- code that travels with an artifact ------------------------------------------------------------
 
 
-def resolve_isolated(reference: str, folder: Path) -> Any:
-    """The object that `reference` names, its own modules taken from `folder` (an artifact's `code/`).
+def call_isolated(reference: str, folder: Path, arguments: Mapping[str, Any]) -> Any:
+    """Call the function that `reference` names, its own modules taken from `folder` (an artifact's `code/`).
 
     The modules found there are imported afresh and leave no trace in `sys.modules`, so that artifacts with different
     versions of one module live in one process. Other modules resolve as usual.
@@ -192,10 +192,10 @@ def resolve_isolated(reference: str, folder: Path) -> Any:
     folder = folder.resolve()
     names = {_dotted(path.relative_to(folder)) for path in folder.rglob("*.py")} if folder.is_dir() else set()
     if reference.partition(":")[0] not in names:
-        return resolve(reference)
+        return resolve(reference)(**arguments)
     with _modules_set_aside(names):
         use_root(folder)
-        return resolve(reference)
+        return resolve(reference)(**arguments)
 
 
 def _dotted(path: Path) -> str:

@@ -1,0 +1,222 @@
+"""One way to save and to load any model artifact: a folder with `model.json`, which says what it is, and its weights.
+
+    torch   model.json, weights.pt, code/    the user's constructor, its arguments, the pruning history, a state dict
+    onnx    model.json, model.onnx           the graph with its weights; needs no training code
+
+`load_model` gives the same callable for each: a batch in, the outputs out. Loading never unpickles arbitrary objects: a
+torch model is built by calling its constructor and loading tensors into it. The constructor's source travels in `code/`
+and is imported from there, so that the artifact keeps working whatever becomes of the user's folder.
+"""
+
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heliostat.compression import prune
+from heliostat.core.imports import call_isolated
+from heliostat.errors import ArtifactError, HeliostatError, nearest
+
+Run = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model. Calling it maps a batch to outputs, without gradients, on the CPU."""
+
+    format: str
+    input_shape: tuple[int, ...]
+    """Of one row: without the batch."""
+    input_dtype: torch.dtype
+    _run_on: Callable[[int], Run] = field(repr=False)
+    """For a number of threads, the function that runs the model on that many."""
+    _run: Run = field(repr=False)
+
+    def __call__(self, batch: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._run(batch)
+
+    def threads(self, count: int) -> "Model":
+        """The same model, running on `count` threads. As loaded it uses as many as torch has."""
+        return replace(self, _run=self._run_on(count))
+
+
+@dataclass(frozen=True)
+class Format:
+    """How artifacts of one format are loaded, and which of their files are deployed (code and records are not)."""
+
+    deployed: tuple[str, ...]
+    run_on: Callable[[Path, Mapping[str, Any]], Callable[[int], Run]]
+
+
+# --- any format -----------------------------------------------------------------------------------------------------
+
+
+def load_model(path: Path | str) -> Model:
+    """The model in the folder `path`, which may be the folder of a finished node.
+
+    Raises:
+        ArtifactError: there is no model, a file of it is missing or damaged, or its code does not run.
+    """
+    folder = Path(path)
+    record = read_record(folder)
+    run_on = FORMATS[record["format"]].run_on(folder, record)
+    return Model(
+        format=record["format"],
+        input_shape=tuple(record["input"]["shape"]),
+        input_dtype=getattr(torch, record["input"]["dtype"]),
+        _run_on=run_on,
+        _run=run_on(torch.get_num_threads()),
+    )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `model.json` says. Raises ArtifactError if it, or a file that it stands for, is missing or damaged."""
+    if not folder.is_dir():
+        raise ArtifactError(f"no model at {folder}: there is no such folder")
+    file = folder / "model.json"
+    if not file.is_file():
+        raise ArtifactError(f"no model in {folder}: model.json is missing")
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        name = record["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+    if name not in FORMATS:
+        raise ArtifactError(f"{file}: unknown format {name!r}{nearest(name, FORMATS)}")
+    for needed in FORMATS[name].deployed:
+        if not (folder / needed).is_file():
+            raise ArtifactError(f"the model in {folder} is incomplete: {needed} is missing")
+    return record
+
+
+def deployed_files(folder: Path) -> list[Path]:
+    """The files whose size counts: weights or graph, without the code and the record beside them."""
+    return [folder / name for name in FORMATS[read_record(folder)["format"]].deployed]
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write `model.json`."""
+    (folder / "model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def describe_input(example: Tensor) -> dict[str, Any]:
+    """The shape of one row of the batch `example`, and its dtype, as JSON values."""
+    return {"shape": list(example.shape[1:]), "dtype": str(example.dtype).removeprefix("torch.")}
+
+
+# --- torch ----------------------------------------------------------------------------------------------------------
+
+
+def save_torch(
+    model: nn.Module,
+    folder: Path,
+    *,
+    reference: str,
+    model_args: Mapping[str, Any],
+    example: Tensor,
+    history: Sequence[Mapping[str, Any]] = (),
+    code: Mapping[str, bytes] | None = None,
+    train_config: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Save a torch model so that `load_model` can build it again. Returns the names of the files written.
+
+    Args:
+        reference: `module:attribute` of the constructor, which `model_args` are the keyword arguments of.
+        example: a batch of inputs; its shape and dtype are recorded.
+        history: what `prune.replay` has to do to a freshly built model before the weights fit.
+        code: the user's own source files that the constructor needs: path relative to the import root, and content.
+        train_config: kept in the record for whoever trains the model on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, folder / "weights.pt")
+    for path, content in (code or {}).items():
+        file = folder / "code" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    record = {
+        "format": "torch",
+        "reference": reference,
+        "model_args": dict(model_args),
+        "history": list(history),
+        "input": describe_input(example),
+        "train_config": None if train_config is None else dict(train_config),
+    }
+    write_record(folder, record)
+    return ["model.json", "weights.pt", *(f"code/{path}" for path in code or {})]
+
+
+def load_torch(folder: Path) -> nn.Module:
+    """The torch model in `folder`, in eval mode. Raises ArtifactError as `load_model` does."""
+    record = read_record(folder)
+    if record["format"] != "torch":
+        raise ArtifactError(f"the model in {folder} is in the format {record['format']!r}, not a torch model")
+    try:
+        model: nn.Module = call_isolated(record["reference"], folder / "code", record["model_args"])
+        prune.replay(model, record["history"])
+    except HeliostatError as error:
+        raise ArtifactError(f"the model in {folder} cannot be built: {error}") from error
+    except Exception as error:  # the user's constructor may raise anything
+        raise ArtifactError(f"the model in {folder} cannot be built: {type(error).__name__}: {error}") from error
+    try:
+        model.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise ArtifactError(f"{folder / 'weights.pt'} is damaged or does not fit the model: {error}") from error
+    return model.eval()
+
+
+def _run_torch(folder: Path, record: Mapping[str, Any]) -> Callable[[int], Run]:
+    model: Run = load_torch(folder)
+
+    def run_on(threads: int) -> Run:
+        def run(batch: Tensor) -> Tensor:
+            before = torch.get_num_threads()
+            if before == threads:
+                return model(batch)
+            torch.set_num_threads(threads)
+            try:
+                return model(batch)
+            finally:
+                torch.set_num_threads(before)
+
+        return run
+
+    return run_on
+
+
+# --- onnx -----------------------------------------------------------------------------------------------------------
+
+
+def _run_onnx(folder: Path, record: Mapping[str, Any]) -> Callable[[int], Run]:
+    import onnxruntime
+
+    file = folder / "model.onnx"
+
+    def run_on(threads: int) -> Run:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors; the warnings are about the graph's optimisation
+        try:
+            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its exceptions have no common base but this
+            raise ArtifactError(f"{file} is damaged or does not run here: {error}") from error
+        name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
+
+        def run(batch: Tensor) -> Tensor:
+            return torch.from_numpy(session.run([output], {name: batch.numpy()})[0])
+
+        return run
+
+    return run_on
+
+
+FORMATS: dict[str, Format] = {
+    "torch": Format(deployed=("weights.pt",), run_on=_run_torch),
+    "onnx": Format(deployed=("model.onnx",), run_on=_run_onnx),
+}
+"""Every format that `load_model` knows."""
