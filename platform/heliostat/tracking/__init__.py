@@ -1,0 +1,1 @@
+"""What happened, told to MLflow: one tree of runs, pipeline > stage > trial. The only package that imports mlflow."""

@@ -1,0 +1,214 @@
+"""Tracking that never blocks and never kills a run.
+
+    caller --queue--> spooling thread --journal on disk, then backlog--> delivering thread --batches--> a writer
+
+The caller's methods only put an event into a queue. One thread writes it to the journal at once, so that a process that
+is killed loses next to nothing; the other hands batches to the store and tries again, less and less often, while the
+store is away. What is not delivered when the process ends is delivered by the next tracker on the same spool, or by
+`replay`. A run is named by the caller's own key: the same key goes on with the same MLflow run.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from heliostat.tracking.context import source_tags
+from heliostat.tracking.events import Event, Kind, Status, cleaned
+from heliostat.tracking.spool import Journal, Spooled, left_behind, mark_delivered
+from heliostat.tracking.writer import Target, UnavailableError, Writer, absolute_uri, open_writer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BATCH_EVENTS = 5000
+BATCH_S = 0.5
+MAX_PAUSE_S = 30.0
+
+_log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """The way to one experiment of one MLflow store. Every method may be called from any thread and returns at once."""
+
+    def __init__(self, uri: str, *, experiment: str, spool: Path) -> None:
+        self._target = Target(absolute_uri(uri), experiment)
+        self._spool = spool
+        self._source = source_tags()
+        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()  # guards the four below
+        self._backlog: deque[Spooled] = deque()
+        self._run_ids: dict[str, str] = {}
+        self._all_spooled = False
+        self._stopped = False
+        self._journals: list[Journal] = []
+        self._spooler = threading.Thread(target=self._spool_events, name="tracking-spool", daemon=True)
+        self._deliverer = threading.Thread(target=self._deliver_events, name="tracking-deliver", daemon=True)
+        self._spooler.start()
+        self._deliverer.start()
+
+    def start_run(
+        self,
+        key: str,
+        *,
+        name: str,
+        parent: str | None = None,
+        tags: Mapping[str, Any] | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Start the run of `key`, or go on with it. `parent` is the key of the run above it."""
+        self._put(
+            "start", key, name=name, parent=parent, tags={**self._source, **(tags or {})}, params=dict(params or {})
+        )
+
+    def metrics(self, key: str, values: Mapping[str, float], *, step: int) -> None:
+        """Metrics of one step. A step that the run already has stays as it is."""
+        self._put("metrics", key, values=dict(values), step=step)
+
+    def params(self, key: str, values: Mapping[str, Any]) -> None:
+        """Parameters; nested ones get dotted names. One that the run already has stays as it is."""
+        self._put("params", key, values=dict(values))
+
+    def tags(self, key: str, values: Mapping[str, Any]) -> None:
+        self._put("tags", key, values=dict(values))
+
+    def artifact(self, key: str, path: Path, folder: str | None = None) -> None:
+        """A file, or a folder with all that is in it. It is read later: it must stay where it is."""
+        self._put("artifact", key, path=str(path.absolute()), folder=folder)
+
+    def text(self, key: str, text: str, name: str) -> None:
+        """A text as an artifact, named `name`."""
+        self._put("text", key, text=text, name=name)
+
+    def log_model(self, key: str, model_folder: Path, *, input_example: "np.ndarray[Any, Any]") -> None:
+        """A Heliostat model folder as an MLflow model, which `mlflow.pyfunc.load_model("runs:/RUN_ID/model")` loads.
+
+        `input_example` is a small batch, axis 0 first. The folder is read later: it must stay where it is.
+        """
+        self._put("model", key, folder=str(model_folder.absolute()), example=input_example)
+
+    def end_run(self, key: str, *, status: Status) -> None:
+        self._put("end", key, status=status)
+
+    def run_id(self, key: str, timeout_s: float) -> str | None:
+        """The MLflow run id of `key`, once it has been started in the store; None when that takes longer."""
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._run_ids or self._stopped, timeout_s)
+            return self._run_ids.get(key)
+
+    def close(self, *, timeout_s: float = 60.0) -> int:
+        """Deliver what is left. Returns the number of events that stay in the spool.
+
+        Waits for `timeout_s` at most, and not at all for a store that is away.
+        """
+        self._inbox.put(None)
+        self._deliverer.join(timeout_s)
+        with self._changed:
+            return len(self._backlog)
+
+    def _put(self, kind: Kind, key: str, **data: Any) -> None:
+        self._inbox.put(Event(kind, key, time.time_ns() // 1_000_000, data))
+
+    # ---- the spooling thread
+
+    def _spool_events(self) -> None:
+        journal = self._adopt_and_open()
+        closing = False
+        while not closing:
+            events = [self._inbox.get()]
+            while not self._inbox.empty():
+                events.append(self._inbox.get())
+            closing = None in events
+            clean = list(_cleaned(event for event in events if event))
+            spooled = [Spooled(event) for event in clean]
+            if journal:
+                try:
+                    spooled = journal.append(clean)
+                except OSError as error:
+                    _log.warning("tracking goes on without its spool %s: %s", self._spool, error)
+                    journal = None
+            with self._changed:
+                self._backlog.extend(spooled)
+                self._all_spooled = closing
+                self._changed.notify_all()
+
+    def _adopt_and_open(self) -> Journal | None:
+        """Put first what earlier processes left behind for this target, and give a journal for what comes now."""
+        try:
+            for journal in left_behind(self._spool):
+                if journal.target == self._target:
+                    self._journals.append(journal)
+                    with self._changed:
+                        self._backlog.extend(journal.undelivered())
+                else:
+                    journal.release()
+            journal = Journal.create(self._spool, self._target)
+        except OSError as error:
+            _log.warning("tracking goes on without its spool %s: %s", self._spool, error)
+            return None
+        self._journals.append(journal)
+        return journal
+
+    # ---- the delivering thread
+
+    def _deliver_events(self) -> None:
+        try:
+            self._deliver_until_closed()
+        except Exception:
+            _log.exception("tracking has stopped; what is not in MLflow yet stays in %s", self._spool)
+        finally:
+            with self._changed:
+                self._stopped = True
+                self._changed.notify_all()
+
+    def _deliver_until_closed(self) -> None:
+        writer: Writer | None = None
+        pause_s = BATCH_S
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._backlog or self._all_spooled)
+                self._changed.wait_for(lambda: self._all_spooled, pause_s)  # the batch fills, or the store comes back
+                batch = list(islice(self._backlog, BATCH_EVENTS))
+                closing = self._all_spooled
+            if not batch:
+                break
+            try:
+                writer = writer or open_writer(self._target)
+                run_ids = writer.deliver([spooled.event for spooled in batch])
+            except UnavailableError as error:
+                if pause_s == BATCH_S:
+                    _log.warning("%s is away; what happens is kept in %s: %s", self._target.uri, self._spool, error)
+                if closing:
+                    break
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
+                continue
+            pause_s = BATCH_S
+            with self._changed:
+                for _ in batch:
+                    self._backlog.popleft()
+                self._run_ids.update(run_ids)
+                self._changed.notify_all()
+            self._mark(batch)
+        if writer:
+            writer.close()
+        for journal in self._journals:
+            journal.release()
+
+    def _mark(self, batch: Sequence[Spooled]) -> None:
+        try:
+            mark_delivered(batch)
+        except OSError as error:  # the batch will be delivered a second time, which changes nothing
+            _log.warning("the spool %s cannot be written: %s", self._spool, error)
+
+
+def _cleaned(events: Iterable[Event]) -> Iterator[Event]:
+    for event in events:
+        try:
+            yield cleaned(event)
+        except (TypeError, ValueError) as error:
+            _log.warning("not tracked: %s of %s: %s", event.kind, event.key, error)
