@@ -26,12 +26,13 @@ TRIAL_STATUS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
 
 
 class History:
-    """The MLflow side of one run of a plan."""
+    """The MLflow side of one run of a plan. A run that goes on after a crash is the same one; a forced one is new."""
 
     def __init__(self, planned: Plan, tracker: Tracker) -> None:
         self._plan, self._tracker = planned, tracker
-        self._key = f"{planned.pipeline.name}/{planned.fingerprint}"
         self._stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        forced = any(node.reason.startswith("forced") for node in planned.nodes)
+        self._key = f"{planned.pipeline.name}/{planned.fingerprint}" + (f"@{self._stamp}" if forced else "")
         self.versions = library_versions()
         self.git_commit = git_commit(planned.pipeline.root)
 
@@ -61,8 +62,7 @@ class History:
             self._tracker.text(self._key, content.decode("utf-8"), f"code/{path}")
 
     def _key_of(self, node: Node) -> str:
-        """A node that is forced to run again is a new run; one that goes on after a crash is the same one."""
-        return f"{self._key}/{node.fingerprint}" + (f"@{self._stamp}" if node.reason.startswith("forced") else "")
+        return f"{self._key}/{node.fingerprint}"
 
     def started(self, node: Node) -> None:
         tags = {"heliostat.stage": node.stage, "heliostat.uses": node.uses, "heliostat.fingerprint": node.fingerprint}
@@ -78,8 +78,9 @@ class History:
 
     def finished(self, node: Node, record: Record) -> None:
         key = self._key_of(node)
-        if record.metrics:
-            self._tracker.metrics(key, record.metrics, step=0)
+        if record.metrics:  # after the epochs, so that MLflow shows the artifact's own figures as the latest
+            epochs = len(record.details.get("history", ()))
+            self._tracker.metrics(key, record.metrics, step=epochs + 1 if epochs else 0)
         self._tracker.params(key, {f"result.{name}": value for name, value in record.params.items()})
         self._tracker.text(key, artifact_json(record), "record.json")
         self._tracker.tags(key, {"heliostat.path": str(node.folder)})

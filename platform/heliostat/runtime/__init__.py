@@ -1,0 +1,5 @@
+"""Everything that touches Ray."""
+
+from heliostat.runtime.environment import apply
+
+apply()

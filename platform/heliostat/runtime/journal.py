@@ -1,0 +1,144 @@
+"""The truth of a search: one append-only file of what was suggested, reported and concluded.
+
+Each line is one JSON object, written before what it tells of takes effect (a suggestion before its trial runs, an end
+before the next suggestion). A process may die at any byte: what follows the last complete line is cut off when the file
+is opened again. Whoever reads the lines in order through a fresh searcher has that searcher's state.
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+Status = Literal["done", "stopped", "failed"]
+Row = tuple[int, dict[str, float]]
+"""An epoch, counted from 1, and its metrics."""
+
+SYNC_S = 1.0
+"""At most so many seconds of trials are lost when the machine itself (not just the process) goes down."""
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial that came to an end."""
+
+    id: str
+    params: Mapping[str, Any]
+    status: Status
+    metrics: Mapping[str, float]
+    """Those of the epoch with the best objective; of a failed trial, what it reported up to then."""
+    epochs: int
+    reason: str | None
+    seconds: float
+    history: Sequence[Row] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
+class Suggested:
+    id: str
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Reported:
+    id: str
+    rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """A trial that was under way when the search was cut off begins anew, under the same id and parameters."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    id: str
+    status: Status
+    reason: str | None
+    seconds: float
+
+
+Event = Suggested | Reported | Restarted | Ended
+_KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in (Suggested, Reported, Restarted, Ended)}
+
+
+class Journal:
+    """The file, open for appending. `past` holds the events that were in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "a+b")  # noqa: SIM115 - stays open
+        self.past = self._read()
+        self._synced_at = time.monotonic()
+
+    def _read(self) -> list[Event]:
+        self._file.seek(0)
+        content = self._file.read()
+        complete = content.rfind(b"\n") + 1
+        self._file.truncate(complete)
+        return [_decode(line) for line in content[:complete].splitlines()]
+
+    def append(self, event: Event) -> None:
+        line = {"event": type(event).__name__.lower(), **vars(event)}
+        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.flush()
+        if time.monotonic() - self._synced_at > SYNC_S:
+            self._sync()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced_at = time.monotonic()
+
+    def close(self) -> None:
+        self._sync()
+        self._file.close()
+
+
+def _decode(line: bytes) -> Event:
+    fields = json.loads(line)
+    kind = _KINDS[fields.pop("event")]
+    if kind is Reported:
+        fields["rows"] = [(epoch, metrics) for epoch, metrics in fields["rows"]]
+    event: Event = kind(**fields)
+    return event
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a sequence of events amounts to."""
+
+    ended: dict[str, TrialRecord] = field(default_factory=dict)
+    open: dict[str, TrialRecord] = field(default_factory=dict)
+    """Suggested and not ended; the status of these records means nothing."""
+
+    def apply(self, event: Event, *, metric: str, mode: Literal["max", "min"]) -> None:
+        match event:
+            case Suggested(id, params):
+                self.open[id] = TrialRecord(id, params, "failed", {}, 0, None, 0.0, [])
+            case Restarted(id):
+                self.open[id] = replace(self.open[id], history=[])
+            case Reported(id, rows):
+                self.open[id] = replace(self.open[id], history=[*self.open[id].history, *rows])
+            case Ended(id, status, reason, seconds):
+                trial = self.open.pop(id)
+                self.ended[id] = replace(
+                    trial,
+                    status=status,
+                    reason=reason,
+                    seconds=seconds,
+                    epochs=trial.history[-1][0] if trial.history else 0,
+                    metrics=best_row(trial.history, metric=metric, mode=mode),
+                )
+
+
+def best_row(history: Sequence[Row], *, metric: str, mode: Literal["max", "min"]) -> dict[str, float]:
+    """The metrics of the epoch with the best `metric`; the earliest of equals; empty when there is none."""
+    rows = [row for _, row in history if metric in row and row[metric] == row[metric]]
+    if not rows:
+        return {}
+    return max(rows, key=lambda row: row[metric] if mode == "max" else -row[metric])

@@ -1,0 +1,97 @@
+"""Where the events of a search pass through: it writes the journal, leads the engine and tells the reporter.
+
+A ledger that is opened on a journal with events in it first leads its fresh engine through them. It is then where the
+interrupted search was: ended trials stay ended, and those under way come first in `next`.
+"""
+
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from heliostat.core.stage import Reporter
+from heliostat.errors import StageError
+from heliostat.runtime.journal import Ended, Event, Journal, Reported, Restarted, Row, Standing, Status, Suggested
+from heliostat.runtime.searchers import Engine, Mode
+
+
+class Ledger:
+    """Used by one thread. `standing` is what the events so far amount to."""
+
+    def __init__(
+        self, engine: Engine, journal: Journal, reporter: Reporter, *, trials: int, seed: int, metric: str, mode: Mode
+    ) -> None:
+        self.standing = Standing()
+        self.metric = metric
+        self._engine, self._journal, self._reporter = engine, journal, reporter
+        self._trials, self._seed, self._mode = trials, seed, mode
+        self._started_at: dict[str, float] = {}
+        for event in journal.past:
+            self._replay(event)
+        self._again = deque(self.standing.open)
+
+    def _replay(self, event: Event) -> None:
+        self._apply(event)
+        if isinstance(event, Suggested):
+            suggested = self._engine.suggest(event.id)
+            if suggested is None or json.dumps(suggested) != json.dumps(event.params):
+                raise StageError(
+                    f"{self._journal.path} is not of this search: trial {event.id} has {event.params}, not {suggested}"
+                )
+        elif isinstance(event, Ended):
+            self._engine.observe(event.id, self._value(event.id))
+
+    def _apply(self, event: Event) -> None:
+        self.standing.apply(event, metric=self.metric, mode=self._mode)
+
+    def _record(self, event: Event) -> None:
+        self._journal.append(event)
+        self._apply(event)
+
+    def _value(self, trial: str) -> float | None:
+        record = self.standing.ended[trial]
+        return None if record.status == "failed" else record.metrics[self.metric]
+
+    @property
+    def left(self) -> int:
+        """How many trials are still to be run, those to be run again included."""
+        return self._trials - len(self.standing.ended)
+
+    @property
+    def complete(self) -> bool:
+        return self.left == 0
+
+    def next(self) -> dict[str, Any] | None:
+        """What a trial actor needs to run the next trial; None when there is none."""
+        if self._again:
+            trial = self._again.popleft()
+            self._record(Restarted(trial))
+        else:
+            trial = f"{len(self.standing.ended) + len(self.standing.open) + 1:04d}"
+            suggested = self._engine.suggest(trial)
+            if suggested is None:
+                return None
+            self._record(Suggested(trial, suggested))
+        self._started_at[trial] = time.monotonic()
+        params = self.standing.open[trial].params
+        self._reporter.trial_started(trial, params)
+        return {"trial": trial, "params": json.dumps(params), "seed": trial_seed(self._seed, trial)}
+
+    def rows(self, trial: str, rows: Sequence[Row]) -> None:
+        if rows:
+            self._record(Reported(trial, rows))
+        for epoch, metrics in rows:
+            self._reporter.metrics(metrics, step=epoch, trial=trial)
+
+    def ended(self, trial: str, status: Status, reason: str | None) -> None:
+        self._record(Ended(trial, status, reason, time.monotonic() - self._started_at.pop(trial)))
+        self._engine.observe(trial, self._value(trial))
+        record = self.standing.ended[trial]
+        self._reporter.trial_ended(trial, status, metrics=record.metrics, reason=reason)
+
+
+def trial_seed(seed: int, trial: str) -> int:
+    """The seed of one trial: the same whenever and wherever it runs."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{trial}".encode()).digest()[:4]) >> 1

@@ -1,0 +1,177 @@
+"""A Ray to run on, for as long as a `with` block lasts: one of its own, or one that is running already.
+
+What Ray and its workers say goes to a log file and never to the terminal: Python's loggers and warnings, what workers
+print, and what C++ code writes to file descriptor 2. The latter points at the log during the session, while
+`sys.stderr` keeps writing to where it wrote before.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from heliostat.errors import ResourceError
+from heliostat.runtime.environment import SWITCHES
+
+SHIPPED_EXCEPT = [".git", ".venv", ".heliostat", "__pycache__", "*.pyc"]
+"""What of the pipeline's folder does not travel to a cluster."""
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+@dataclass(frozen=True)
+class Session:
+    """A live connection to Ray."""
+
+    embedded: bool
+    log: Path
+
+    def resources(self) -> dict[str, float]:
+        """What all nodes hold together, busy or not: `CPU`, `GPU`, `memory` (bytes) and custom ones."""
+        import ray
+
+        return dict(ray.cluster_resources())
+
+    def can_ever_fit(self, cpus: float, gpus: float = 0) -> bool:
+        """Whether the nodes there are now could hold so much at once if they were idle."""
+        total = self.resources()
+        return cpus <= total.get("CPU", 0) and gpus <= total.get("GPU", 0)
+
+
+@contextmanager
+def start(address: str | None = None, *, log: Path, root: Path, num_cpus: int | None = None) -> Iterator[Session]:
+    """Start an embedded Ray, or connect to the one at `address` (`auto`, `host:port`, `ray://host:port`).
+
+    `root` is the folder of the user's modules; it is shipped to a cluster. The embedded Ray ends with the block, and
+    with the process whatever ends it. The kernel ties it to the *thread* that enters the block: that thread must live
+    as long as the session. Raises ResourceError when nothing answers at `address`.
+    """
+    import ray
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        sink = stack.enter_context(open(log, "a", buffering=1, encoding="utf-8", errors="replace"))
+        stack.enter_context(_quiet(sink))
+        temp = Path(
+            f"/tmp/ray-{os.getuid()}"
+        )  # a Unix socket's path has 107 characters at most, and TMPDIR may be long
+        try:
+            if address is None:
+                cpus = {} if num_cpus is None else {"num_cpus": num_cpus}
+                context = ray.init(
+                    address="local", include_dashboard=False, logging_format=LOG_FORMAT, _temp_dir=str(temp), **cpus
+                )
+            else:
+                from heliostat.runtime.auth import use_token_if_present
+
+                use_token_if_present()
+                context = ray.init(address=address, logging_format=LOG_FORMAT, runtime_env=_shipped(root))
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            where = "an embedded Ray does not start" if address is None else f"no Ray answers at {address!r}"
+            raise ResourceError(f"{where}: {error} (Ray's own log: {log})") from error
+        stack.callback(_end, temp / Path(context.address_info["session_dir"]).name if address is None else None)
+        yield Session(embedded=address is None, log=log)
+
+
+def _shipped(root: Path) -> dict[str, Any]:
+    """One runtime environment for all that runs in the session, so that Ray can use a worker again for any of it."""
+    return {
+        "working_dir": str(root),
+        "excludes": SHIPPED_EXCEPT,
+        "env_vars": {name: os.environ[name] for name in SWITCHES},
+    }
+
+
+def _end(session_dir: Path | None) -> None:
+    import ray
+
+    ray.shutdown()
+    if session_dir is not None:
+        shutil.rmtree(session_dir, ignore_errors=True)
+
+
+@contextmanager
+def _worker_output_to(sink: TextIO) -> Iterator[None]:
+    """Every line that Ray would print in the driver, its own notices to standard output among them, goes this way."""
+    from ray._private import worker
+
+    def write(batch: Mapping[str, Any], *_: Any, **__: Any) -> None:
+        if batch["pid"] == "autoscaler":  # a table of what is idle, every few seconds
+            return
+        source = f"({batch.get('actor_name') or batch.get('task_name') or 'ray'} pid={batch['pid']})"
+        sink.writelines(f"{source} {line}\n" for line in batch["lines"])
+
+    printing = worker.print_worker_logs
+    worker.print_worker_logs = write
+    try:
+        yield
+    finally:
+        worker.print_worker_logs = printing
+
+
+@contextmanager
+def _quiet(sink: TextIO) -> Iterator[None]:
+    with _loggers_to(sink), _warnings_to(sink), _worker_output_to(sink), _stderr_fd_to(sink):
+        yield
+
+
+@contextmanager
+def _loggers_to(sink: TextIO) -> Iterator[None]:
+    logger = logging.getLogger("ray")
+    handler = logging.StreamHandler(sink)
+    before = logger.handlers[:], logger.propagate, logger.level
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = before[:2]
+        logger.setLevel(before[2])
+
+
+@contextmanager
+def _warnings_to(sink: TextIO) -> Iterator[None]:
+    """Send the warnings that Ray's own modules raise to `sink`; others are shown as before."""
+    show = warnings.showwarning
+
+    def filtered(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
+        if f"{os.sep}ray{os.sep}" in filename:
+            sink.write(warnings.formatwarning(message, category, filename, lineno, line))
+        else:
+            show(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = filtered
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+
+
+@contextmanager
+def _stderr_fd_to(sink: TextIO) -> Iterator[None]:
+    saved = os.dup(2)
+    stderr = sys.stderr
+    with open(os.dup(saved), "w", buffering=1, encoding="utf-8", errors="backslashreplace") as terminal:
+        if _writes_to_fd_2(stderr):
+            sys.stderr = terminal
+        os.dup2(sink.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            if sys.stderr is terminal:
+                sys.stderr = stderr
+
+
+def _writes_to_fd_2(stream: TextIO) -> bool:
+    try:
+        return stream.fileno() == 2
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,130 @@
+"""One function in one Ray worker, waited for.
+
+Workers are kept and used again, so a module that one task imported is there for the next. What the function raises
+comes back as it was when it is one of ours, and as a StageError with the function's own traceback when it is not.
+"""
+
+import os
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+from ray import cloudpickle
+from ray.exceptions import (
+    ActorDiedError,
+    ActorDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from heliostat.core.imports import use_root
+from heliostat.errors import HeliostatError, StageError
+
+R = TypeVar("R")
+POLL_S = 0.2
+
+
+def run_task(
+    function: Callable[..., R],
+    *args: Any,
+    root: Path,
+    cpus: float = 1,
+    gpus: float = 0,
+    retries: int = 0,
+    exclusive: bool = False,
+    cancel: threading.Event | None = None,
+) -> R:
+    """`function(*args)` in a worker that holds `cpus` CPUs and computes with so many threads.
+
+    `retries` is how often it runs again after its process died; an exception is never retried. `exclusive` holds every
+    CPU of one node, so that nothing else disturbs a measurement; the threads are still `cpus`. Raises KeyboardInterrupt
+    when `cancel` is set, StageError when the function raises or its process dies.
+    """
+    held: dict[str, Any] = {"num_cpus": cpus}
+    if exclusive:
+        node = max((n for n in ray.nodes() if n["Alive"]), key=lambda n: n["Resources"].get("CPU", 0))
+        held = {
+            "num_cpus": node["Resources"].get("CPU", 0),
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
+        }
+    threads = max(1, int(cpus))
+    task = ray.remote(_in_worker).options(**held, num_gpus=gpus, max_retries=retries, retry_exceptions=False)
+    reference = task.remote(cloudpickle.dumps((function, args)), root, threads)
+    try:
+        while True:
+            ready, _ = ray.wait([reference], timeout=POLL_S)
+            if ready:
+                outcome, value = ray.get(reference)
+                break
+            if cancel is not None and cancel.is_set():
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        ray.cancel(reference, force=True)
+        raise
+    except RayError as error:
+        raise StageError(why_it_died(error)) from error
+    if outcome == "raised":
+        raise value
+    result: R = value
+    return result
+
+
+def _in_worker(call: bytes, root: Path, threads: int) -> tuple[str, Any]:
+    """The function's result, or its error as a value: Ray would wrap a raised one in text of its own.
+
+    The call comes pickled, since its function may be in a module that only `root` makes importable.
+    """
+    use_root(root)
+    use_threads(threads)
+    try:
+        function, args = cloudpickle.loads(call)
+        return "returned", function(*args)
+    except HeliostatError as error:
+        return "raised", error
+    except Exception as error:
+        return "raised", StageError(own_traceback(error))
+
+
+def use_threads(count: int) -> None:
+    """Let what computes in this process use `count` threads."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(count)
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def own_traceback(error: BaseException) -> str:
+    """The error in one line, then its traceback without the frames of this package's own plumbing."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(__file__).parent)
+    kept = [frame for frame in frames if not frame.filename.startswith(package)]
+    first = "".join(traceback.format_exception_only(error)).strip()
+    return f"{first}\n{''.join(traceback.format_list(kept))}".rstrip()
+
+
+def why_it_died(error: RayError) -> str:
+    """What became of a process that Ray lost, in a sentence."""
+    match error:
+        case OutOfMemoryError():
+            return f"killed because the machine ran out of memory: {error}"
+        case WorkerCrashedError() | NodeDiedError() | ActorDiedError():
+            return f"its process was killed or crashed: {_first_line(error)}"
+        case TaskCancelledError():
+            return "cancelled"
+        case RayTaskError():
+            return _first_line(error)
+        case _:
+            return f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

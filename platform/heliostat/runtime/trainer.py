@@ -1,0 +1,188 @@
+"""Training by several workers, through Ray Train: a `TorchTrainer` whose workers all run the one training loop.
+
+Ray Train starts the workers, joins them in a process group (NCCL with GPUs, else gloo) and starts them again after one
+died. It carries no data: rows reach the driver through the mailbox, since each of Ray's own reports waits for a poll of
+its controller. Checkpoints lie in the folder, which all workers must see. One worker runs in place, as a task.
+"""
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray.exceptions import RayError
+
+from heliostat.core.imports import use_root
+from heliostat.core.spec import Resources, Task
+from heliostat.core.stage import Reporter
+from heliostat.errors import HeliostatError, StageError
+from heliostat.runtime.mailbox import RemoteReporter, relay
+from heliostat.runtime.tasks import own_traceback, run_task, use_threads, why_it_died
+from heliostat.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from heliostat.training.progress import Fit
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class TrainWork:
+    """What every worker of a training is given."""
+
+    task: Task
+    config: TrainConfig
+    resources: Resources
+    seed: int
+    root: Path
+    folder: Path
+    reporter: RemoteReporter
+
+
+def train_workers(
+    task: Task,
+    config: TrainConfig,
+    *,
+    resources: Resources,
+    seed: int,
+    root: Path,
+    folder: Path,
+    reporter: Reporter,
+    cancel: threading.Event,
+    retries: int = 0,
+) -> "Fit":
+    """Train with `resources.workers` workers; go on from the newest of `folder/checkpoints` if there are any.
+
+    `retries` is how often the workers are started again after one died. Raises StageError with the user's own traceback
+    when the user's code raises, and KeyboardInterrupt when `cancel` is set.
+    """
+    with relay(reporter) as remote:
+        work = TrainWork(task, config, resources, seed, root, folder, remote)
+        if resources.workers == 1:
+            cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
+            return run_task(_train_alone, work, root=root, cpus=cpus, gpus=gpus, retries=retries, cancel=cancel)
+        return _train_together(work, retries=retries, cancel=cancel)
+
+
+def _train_alone(work: TrainWork) -> "Fit":
+    return _run(work, rank=0, size=1)
+
+
+def _run(work: TrainWork, *, rank: int, size: int) -> "Fit":
+    import torch
+
+    from heliostat.training.checkpoints import Checkpoints
+    from heliostat.training.run import run_training
+    from heliostat.training.seeding import fresh_process_state, seed_everything
+    from heliostat.training.world import World
+
+    fresh_process_state(num_threads=max(1, int(work.resources.cpus_per_worker)))
+    seed_everything(work.seed)
+
+    def on_epoch(epoch: int, metrics: Mapping[str, float]) -> bool:
+        if rank != 0:
+            return False
+        work.reporter.metrics(metrics, step=epoch)
+        return work.reporter.is_asked_to_stop()
+
+    return run_training(
+        work.task,
+        work.config,
+        world=World(rank, size, torch.device(_device(work.resources))),
+        seed=work.seed,
+        on_epoch=on_epoch,
+        checkpoints=Checkpoints(work.folder / "checkpoints"),
+    )
+
+
+def _device(resources: Resources) -> str:
+    return "cuda" if resources.gpus_per_worker else "cpu"
+
+
+def _train_together(work: TrainWork, *, retries: int, cancel: threading.Event) -> "Fit":
+    fitting: Future[Fit] = Future()
+    threading.Thread(target=_resolve, args=(fitting, work, retries), name="train", daemon=True).start()
+    try:
+        while not wait([fitting], timeout=POLL_S).done:
+            if cancel.is_set():
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        work.reporter.ask_to_stop()  # the workers end at their next epoch; nobody waits for them
+        raise
+    return fitting.result()
+
+
+def _resolve(future: "Future[Fit]", work: TrainWork, retries: int) -> None:
+    """In a thread, where Ray Train leaves the signal handlers alone."""
+    try:
+        future.set_result(_fit(work, retries))
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _fit(work: TrainWork, retries: int) -> "Fit":
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        """Without the process that outlives a crashed driver to free its workers: ours end with the driver."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()
+            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+    resources = work.resources
+    per_worker = {"CPU": resources.cpus_per_worker} | (
+        {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
+    )
+    trainer = Trainer(
+        _worker,
+        train_loop_config={"work": work},
+        scaling_config=ScalingConfig(
+            num_workers=resources.workers,
+            use_gpu=bool(resources.gpus_per_worker),
+            resources_per_worker=per_worker,
+        ),
+        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(work.folder / "ray"),
+            failure_config=FailureConfig(max_failures=retries),
+        ),
+    )
+    try:
+        fit: Fit = trainer.fit().return_value
+    except WorkerGroupError as error:
+        raise _the_cause(error.worker_failures) from None
+    except ControllerError as error:
+        raise StageError(str(error.controller_failure)) from error
+    return fit
+
+
+def _worker(config: dict[str, Any]) -> "Fit | None":
+    from ray import train
+
+    work: TrainWork = config["work"]
+    context = train.get_context()
+    use_root(work.root)
+    use_threads(max(1, int(work.resources.cpus_per_worker)))
+    try:
+        fit = _run(work, rank=context.get_world_rank(), size=context.get_world_size())
+    except HeliostatError:
+        raise
+    except Exception as error:
+        raise StageError(own_traceback(error)) from None
+    return fit if context.get_world_rank() == 0 else None
+
+
+def _the_cause(failures: Mapping[int, Exception]) -> HeliostatError:
+    """One worker's failure as an error of ours. When one fails, its peers lose their connections: that is no cause."""
+    rank, failure = min(failures.items(), key=lambda item: ("by peer" in str(item[1]), item[0]))
+    # What the worker raised, or what became of its process; anything else is trouble of Ray Train itself.
+    inner = getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", None) or failure
+    if isinstance(inner, HeliostatError):
+        return inner
+    return StageError(f"worker {rank}: {why_it_died(inner) if isinstance(inner, RayError) else inner}")

@@ -1,0 +1,228 @@
+"""The process that runs trials one after another, each in a thread of its own.
+
+Tune asks for a result and waits. An answer comes when the trial reaches a rung (the thread then waits for the verdict),
+when it ends, and else about once a second with the rows so far, so that a driver can show them. One answer carries
+many rows: a round trip through Tune costs more than a small epoch.
+
+A trial that fails answers with its traceback and leaves the process as it is, for the next one.
+"""
+
+import json
+import math
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from heliostat.core.imports import use_root
+from heliostat.core.spec import Resources, Task
+from heliostat.errors import HeliostatError
+from heliostat.runtime.journal import Row, Status
+from heliostat.runtime.overlay import overlay
+from heliostat.runtime.tasks import own_traceback
+from heliostat.training.config import TrainConfig
+
+ANSWER_S = 1.0
+
+OnEpoch = Callable[[int, Mapping[str, float]], bool]
+
+
+@dataclass(frozen=True)
+class TrialWork:
+    """All that the trials of one search have in common."""
+
+    task: Task
+    train: TrainConfig
+    metric: str
+    rungs: tuple[int, ...]
+    root: Path
+    folder: Path
+    resources: Resources
+
+
+class BadTrialError(HeliostatError):
+    """A trial whose objective is not a number, or that never reported it."""
+
+
+class _StoppedError(Exception):
+    """Unwinds a training loop that goes on although it was told to stop."""
+
+
+class TrialRun:
+    """One trial: the thread that trains, and the conversation with it."""
+
+    def __init__(self, work: TrialWork, trial: str, params: Mapping[str, Any], seed: int) -> None:
+        self._work = work
+        self._turn = threading.Condition()
+        self._rows: list[Row] = []
+        self._last: tuple[int, float] | None = None
+        """The latest epoch and the objective there."""
+        self._at_rung = False
+        """The thread waits for a verdict."""
+        self._told = False
+        """The last answer said so: being asked again is the verdict to go on."""
+        self._stopping = self._over = False
+        self._reason: str | None = None
+        self._thread = threading.Thread(
+            target=self._train, args=(trial, params, seed), name=f"trial-{trial}", daemon=True
+        )
+        self._thread.start()
+
+    def answer(self) -> dict[str, Any]:
+        """The next result for Tune. Asking again after a rung is the verdict to go on."""
+        with self._turn:
+            if self._told:
+                self._at_rung = False
+                self._turn.notify_all()
+            self._turn.wait_for(lambda: self._over or self._at_rung, timeout=ANSWER_S)
+            result: dict[str, Any] = {"rows": self._rows}
+            if self._over:
+                result |= {"done": True, "outcome": "failed" if self._reason else "done", "reason": self._reason}
+            if self._last and not self._reason and (self._over or self._at_rung):
+                result |= {"epoch": self._last[0], "value": self._last[1]}
+            self._rows, self._told = [], self._at_rung
+            return result
+
+    def stop(self, *, wait: bool) -> None:
+        """End the trial at its current epoch. With `wait`, return when nothing of it runs any more."""
+        with self._turn:
+            self._stopping, self._at_rung = True, False
+            self._turn.notify_all()
+        if wait:
+            self._thread.join()
+
+    def _on_epoch(self, epoch: int, metrics: Mapping[str, float]) -> bool:
+        with self._turn:
+            if self._stopping:
+                raise _StoppedError
+            value = metrics.get(self._work.metric)
+            self._rows.append((epoch, dict(metrics)))
+            if value is None:
+                raise BadTrialError(
+                    f"nothing reports {self._work.metric!r}; what is reported: {', '.join(sorted(metrics))}"
+                )
+            if math.isnan(value):
+                raise BadTrialError(f"{self._work.metric} is not a number at epoch {epoch}")
+            self._last = (epoch, value)
+            if epoch in self._work.rungs and epoch < self._work.train.epochs:
+                self._at_rung = True
+                self._turn.notify_all()
+                self._turn.wait_for(lambda: not self._at_rung)
+            return self._stopping
+
+    def _train(self, trial: str, params: Mapping[str, Any], seed: int) -> None:
+        try:
+            train_trial(self._work, trial, params, seed, self._on_epoch)
+        except _StoppedError:
+            pass
+        except HeliostatError as error:
+            self._reason = str(error)
+        except Exception as error:
+            self._reason = own_traceback(error)
+        with self._turn:
+            self._over = True
+            self._turn.notify_all()
+
+
+def train_trial(work: TrialWork, trial: str, params: Mapping[str, Any], seed: int, on_epoch: OnEpoch) -> None:
+    """Train once with `params`, from a state in which no earlier trial can be seen."""
+    config = overlay(work.train, params)
+    if work.resources.workers_per_trial > 1:
+        _train_together(work, trial, config, seed, on_epoch)
+    else:
+        _train_here(work, config, seed, on_epoch)
+
+
+def _train_here(work: TrialWork, config: TrainConfig, seed: int, on_epoch: OnEpoch) -> None:
+    import torch
+
+    from heliostat.training.run import run_training
+    from heliostat.training.seeding import fresh_process_state, seed_everything
+    from heliostat.training.world import World
+
+    fresh_process_state(num_threads=max(1, int(work.resources.cpus_per_worker)))
+    seed_everything(seed)
+    device = torch.device("cuda" if work.resources.gpus_per_worker else "cpu")
+    world = World(0, 1, device)
+    run_training(work.task, config, world=world, seed=seed, on_epoch=on_epoch, require_checkpoint=False)
+
+
+def _train_together(work: TrialWork, trial: str, config: TrainConfig, seed: int, on_epoch: OnEpoch) -> None:
+    """Through Ray Train, whose rows arrive in a thread of their own; a verdict to stop goes back the same way."""
+    from heliostat.runtime.trainer import train_workers
+
+    bridge = _Bridge(on_epoch)
+    folder = work.folder / "trials" / trial
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted search left: its rows must all come again
+    resources = work.resources.model_copy(update={"workers": work.resources.workers_per_trial})
+    try:
+        train_workers(
+            work.task,
+            config,
+            resources=resources,
+            seed=seed,
+            root=work.root,
+            folder=folder,
+            reporter=bridge,
+            cancel=bridge.stopping,
+        )
+    except KeyboardInterrupt:  # the verdict was to stop
+        pass
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if bridge.error is not None:
+        raise bridge.error
+
+
+class _Bridge:
+    """A reporter that hands each row to `on_epoch`."""
+
+    def __init__(self, on_epoch: OnEpoch) -> None:
+        self._on_epoch = on_epoch
+        self.stopping = threading.Event()
+        self.error: Exception | None = None
+
+    def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None:
+        try:
+            if self._on_epoch(step, values):
+                self.stopping.set()
+        except Exception as error:
+            self.error = error
+            self.stopping.set()
+
+    def trial_started(self, trial: str, params: Mapping[str, Any]) -> None: ...
+
+    def trial_ended(
+        self, trial: str, status: Status, *, metrics: Mapping[str, float], reason: str | None = None
+    ) -> None: ...
+
+    def progress(self, **fields: Any) -> None: ...
+
+
+class TrialActor(tune.Trainable):  # type: ignore[misc]
+    """Tune's view of it. `work` is set on a subclass, which travels to the process once for all its trials."""
+
+    work: TrialWork
+    _run: TrialRun
+
+    def setup(self, config: dict[str, Any]) -> None:
+        use_root(self.work.root)
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._run.stop(wait=True)
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        return self._run.answer()
+
+    def cleanup(self) -> None:
+        self._run.stop(wait=False)
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._run = TrialRun(self.work, config["trial"], json.loads(config["params"]), config["seed"])

@@ -1,0 +1,203 @@
+"""Search: many short trainings, through Ray Tune.
+
+    engine (what to try next)  ->  Tune (where and when)  ->  trial actors (the training loop)
+                 ^                                                     |
+                 +------------ ledger: journal + reporter <------------+
+
+Tune keeps nothing that matters. A search resumes by leading a fresh engine and scheduler through the journal: trials
+that ended are not run again, and those under way begin anew, first, under the same ids and parameters.
+"""
+
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.search import ConcurrencyLimiter, Searcher
+
+from heliostat.core.space import Space
+from heliostat.core.spec import Resources, Task
+from heliostat.core.stage import Reporter
+from heliostat.errors import ResourceError, StageError
+from heliostat.runtime.journal import Journal, TrialRecord
+from heliostat.runtime.ledger import Ledger
+from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
+from heliostat.runtime.searchers import Algorithm, Mode, make_engine
+from heliostat.runtime.trial_actor import TrialActor, TrialWork
+from heliostat.training.config import TrainConfig
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    trials: tuple[TrialRecord, ...]
+    """Every trial, in the order in which they were suggested."""
+    best: TrialRecord
+
+
+def search(
+    task: Task,
+    *,
+    space: Space,
+    algorithm: Algorithm,
+    trials: int,
+    train: TrainConfig,
+    objective: tuple[str, Mode],
+    scheduler: AshaSettings | None,
+    seed: int,
+    resources: Resources,
+    root: Path,
+    folder: Path,
+    reporter: Reporter,
+    cancel: threading.Event,
+) -> SearchOutcome:
+    """The best of at most `trials` trainings, each of `train` with parameters from `space` laid over it.
+
+    `folder` holds `journal.jsonl`; a search that was cut off goes on from there. With one trial at a time and a seed it
+    then makes the suggestions that it would have made uninterrupted. Raises StageError when no trial succeeds,
+    ResourceError when none can ever fit, and KeyboardInterrupt when `cancel` is set; the journal is intact then.
+    """
+    metric, mode = objective
+    concurrent = concurrent_trials(resources)
+    engine = make_engine(algorithm, space=space, mode=mode, seed=seed, trials=trials)
+    compared_at = tuple(rungs(scheduler, epochs=train.epochs)) if scheduler else ()
+    journal = Journal(folder / "journal.jsonl")
+    try:
+        ledger = Ledger(engine, journal, reporter, trials=trials, seed=seed, metric=metric, mode=mode)
+        if not ledger.complete:
+            work = TrialWork(task, train, metric, compared_at, root, folder, resources)
+            asha = None
+            if scheduler:
+                asha = Asha(scheduler, epochs=train.epochs, mode=mode)
+                asha.remember(ledger.standing.ended.values(), rungs=compared_at, metric=metric)
+            _run_interruptibly(ledger, work, asha, concurrent=min(concurrent, ledger.left), cancel=cancel)
+    finally:
+        journal.close()
+    return _outcome(tuple(sorted(ledger.standing.ended.values(), key=lambda trial: trial.id)), metric=metric, mode=mode)
+
+
+def concurrent_trials(resources: Resources) -> int:
+    """How many trials the cluster holds at once, workers counted node by node; at most `max_concurrent_trials`.
+
+    The driver of a trial with several workers only waits and holds no CPU. Raises ResourceError when none ever fits.
+    """
+    cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    slots = sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else 1e9)) for node in nodes)
+    fit = slots // resources.workers_per_trial
+    if fit == 0:
+        total = ", ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}s" for kind in ("CPU", "GPU"))
+        raise ResourceError(
+            f"a trial needs {resources.workers_per_trial} worker(s) of {cpus:g} CPUs and {gpus:g} GPUs each; "
+            f"the cluster has {total} on {len(nodes)} node(s)"
+        )
+    return min(fit, resources.max_concurrent_trials or fit)
+
+
+def _outcome(trials: Sequence[TrialRecord], *, metric: str, mode: Mode) -> SearchOutcome:
+    good = [trial for trial in trials if trial.status != "failed"]
+    if not good:
+        reasons = Counter(trial.reason or "" for trial in trials).most_common()
+        text = "\n\n".join(f"{count} of {len(trials)}: {reason}" for reason, count in reasons[:3])
+        raise StageError(f"all {len(trials)} trials failed\n{text}")
+    best = (max if mode == "max" else min)(good, key=lambda trial: trial.metrics[metric])
+    return SearchOutcome(tuple(trials), best)
+
+
+class _TuneSearcher(Searcher):  # type: ignore[misc]
+    """Tune asks here for parameters. Outcomes reach the ledger through the callback, which sees how a trial ended."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        return self._ledger.next() or Searcher.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        pass
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        pass
+
+
+class _TuneCallback(tune.Callback):  # type: ignore[misc]
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        self._ledger.rows(trial.config["trial"], result.pop("rows"))
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        outcome = trial.last_result.get("outcome", "stopped")
+        self._ledger.ended(trial.config["trial"], outcome, trial.last_result.get("reason"))
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        error = trial.get_error()
+        self._ledger.ended(trial.config["trial"], "failed", f"its process was killed or crashed: {str(error).strip()}")
+
+
+def _run_interruptibly(
+    ledger: Ledger, work: TrialWork, asha: Asha | None, *, concurrent: int, cancel: threading.Event
+) -> None:
+    """Tune in a thread of its own: there it leaves signals alone, and this thread can be interrupted at once."""
+    with ThreadPoolExecutor(1, thread_name_prefix="tune") as pool:
+        running = pool.submit(_run_tune, ledger, work, asha, concurrent=concurrent, cancel=cancel)
+        try:
+            while not running.done():
+                cancel.wait(POLL_S)
+                if cancel.is_set():
+                    break
+        except KeyboardInterrupt:
+            cancel.set()
+        running.result()
+    if cancel.is_set() and not ledger.complete:
+        raise KeyboardInterrupt
+
+
+class _Cancelled(tune.Stopper):  # type: ignore[misc]
+    def __init__(self, cancel: threading.Event) -> None:
+        self._cancel = cancel
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it into a snapshot that nobody reads
+
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._cancel.is_set()
+
+
+def _run_tune(ledger: Ledger, work: TrialWork, asha: Asha | None, *, concurrent: int, cancel: threading.Event) -> None:
+    actor = type("Trials", (TrialActor,), {"work": work})
+    alone = work.resources.workers_per_trial == 1
+    held = {
+        "cpu": work.resources.cpus_per_worker if alone else 0,
+        "gpu": work.resources.gpus_per_worker if alone else 0,
+    }
+    with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
+        tune.run(
+            actor,
+            name="search",
+            search_alg=ConcurrencyLimiter(_TuneSearcher(ledger), max_concurrent=concurrent),
+            scheduler=asha,
+            num_samples=ledger.left,
+            resources_per_trial=held,
+            reuse_actors=True,
+            stop=_Cancelled(cancel),
+            callbacks=[_TuneCallback(ledger)],
+            storage_path=scratch,
+            raise_on_failed_trial=False,
+            verbose=0,
+        )

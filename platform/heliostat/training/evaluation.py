@@ -1,0 +1,57 @@
+"""Quality over a whole split, exact for any number of workers."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from heliostat.training.batches import evaluation_shares, load_batches, split_evenly
+from heliostat.training.strategies import unwrap
+from heliostat.training.task import Objective
+from heliostat.training.world import World, gather_rows, sum_over_workers
+
+CPU_BATCH_SIZE = 128
+"""Larger batches fall out of the caches: a small CNN takes 1.6 times as long with 512 (measured)."""
+ACCELERATOR_BATCH_SIZE = 1024
+
+
+@torch.no_grad()  # not inference_mode: a tensor that a model caches here could not be trained with afterwards
+def evaluate(
+    model: Callable[[Tensor], Tensor],
+    dataset: Dataset[Any],
+    objective: Objective,
+    *,
+    split: str,
+    batch_size: int | None = None,
+    world: World | None = None,
+) -> dict[str, float]:
+    """`{split}_loss` (the mean over samples) and every `{split}_{metric}`, over the whole split exactly.
+
+    Each worker computes its part; outputs and targets are gathered in their order for the metrics, so every worker
+    returns the same figures. The model may be any function of a batch; a module is put into evaluation mode.
+    """
+    world = world or World()
+    batch_size = batch_size or (CPU_BATCH_SIZE if world.device.type == "cpu" else ACCELERATOR_BATCH_SIZE)
+    if isinstance(model, nn.Module):
+        model = unwrap(model).eval()
+    num_samples = len(dataset)  # type: ignore[arg-type]
+    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    outputs, targets = [], []
+    for share, batch in load_batches(
+        dataset, evaluation_shares(num_samples, batch_size=batch_size, world=world), device=world.device
+    ):
+        output = model(batch[0])
+        loss_sum += objective.loss(output, batch[1]).double() * share.num_samples
+        if objective.metrics:
+            outputs.append(output[: share.num_samples])
+            targets.append(batch[1][: share.num_samples])
+
+    row = {f"{split}_loss": sum_over_workers(loss_sum, world=world).item() / num_samples}
+    if objective.metrics:
+        counts = split_evenly(num_samples, world.size)
+        all_outputs = gather_rows(torch.cat(outputs), counts, world=world).cpu()
+        all_targets = gather_rows(torch.cat(targets), counts, world=world).cpu()
+        row |= {f"{split}_{m.name}": float(m.function(all_outputs, all_targets)) for m in objective.metrics}
+    return row

@@ -1,0 +1,83 @@
+"""How far a training run has come, which epoch is its best, and where an interrupted one goes on."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from heliostat.training.checkpoints import Checkpoints, State
+from heliostat.training.task import Mode
+from heliostat.training.world import World, from_first_worker
+
+OnEpoch = Callable[[int, Mapping[str, float]], bool | None]
+"""Called as `on_epoch(epoch, row)` on every worker; True on any of them ends the training."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a training run came to."""
+
+    state: dict[str, Tensor]
+    """The best epoch's weights, on CPU, named as in the user's model."""
+    epoch: int
+    """The best epoch, from 1."""
+    metrics: dict[str, float]
+    """The best epoch's row."""
+    history: list[dict[str, float]]
+    """One row per epoch."""
+    epochs: int
+    seconds: float
+    """Time spent on the epochs of the history, interruptions left out."""
+
+
+@dataclass
+class Progress:
+    """Where a fit stands; what a checkpoint holds beside the weights and the optimizer."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    stopped: bool = False
+
+    def fit(self, *, state: dict[str, Tensor]) -> Fit:
+        """The result of a run that has ended, `state` being its best epoch's."""
+        return Fit(
+            state=state,
+            epoch=self.best_epoch,
+            metrics=dict(self.history[self.best_epoch - 1]),
+            history=self.history,
+            epochs=self.epoch,
+            seconds=sum(row["seconds"] for row in self.history),
+        )
+
+
+def cpu_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict's own copy on CPU, in plain layout, which further training does not change."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+
+def is_better(value: float, past: Sequence[float], mode: Mode) -> bool:
+    """Whether a figure beats all before it. Not a number is worse than any; the first is the best so far."""
+
+    def score(figure: float) -> float:
+        return -math.inf if math.isnan(figure) else figure if mode == "max" else -figure
+
+    return not past or score(value) > max(map(score, past))
+
+
+def read_on_first_worker(checkpoints: Checkpoints | None, *, world: World) -> tuple[State, State] | None:
+    """The state to go on from and its best epoch's, the same on every worker, or None.
+
+    Should the newest checkpoint's best be damaged, its elder best is the place to go on from: it is its own best.
+    """
+    if checkpoints is None:
+        return None
+    found: tuple[State, State] | None = None
+    if world.rank == 0:
+        latest, best = checkpoints.latest(), checkpoints.best()
+        if latest is not None and best is not None:
+            same = latest["progress"]["best_epoch"] == best["progress"]["epoch"]
+            found = (latest if same else best, best)
+    result: tuple[State, State] | None = from_first_worker(found, world=world)
+    return result

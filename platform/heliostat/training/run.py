@@ -1,0 +1,47 @@
+"""The one entry to training: from a task and a config to a fit, by our loop or the user's own."""
+
+from heliostat.core.spec import Task
+from heliostat.training.checkpoints import Checkpoints
+from heliostat.training.config import TrainConfig
+from heliostat.training.loop import fit
+from heliostat.training.progress import Fit, OnEpoch
+from heliostat.training.seeding import seed_everything
+from heliostat.training.task import build_data, build_model, build_objective
+from heliostat.training.user_loop import run_user_loop
+from heliostat.training.world import World
+
+
+def run_training(
+    task: Task,
+    config: TrainConfig,
+    *,
+    world: World,
+    seed: int,
+    on_epoch: OnEpoch | None = None,
+    checkpoints: Checkpoints | None = None,
+    require_checkpoint: bool = True,
+) -> Fit:
+    """Train the task's model on its data. `require_checkpoint` refuses an own loop that leaves no weights behind."""
+    if task.train_fn is not None:
+        return run_user_loop(
+            task,
+            config,
+            world=world,
+            seed=seed,
+            on_epoch=on_epoch,
+            checkpoints=checkpoints,
+            require_checkpoint=require_checkpoint,
+        )
+    data = build_data(task, config.data_args)
+    seed_everything(seed)
+    model = build_model(task, config.model_args)
+    return fit(
+        model,
+        data,
+        config,
+        objective=build_objective(task),
+        seed=seed,
+        world=world,
+        on_epoch=on_epoch,
+        checkpoints=checkpoints,
+    )

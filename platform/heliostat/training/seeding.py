@@ -1,0 +1,42 @@
+"""Randomness that depends on the seed alone, and a process that starts a trial as if it were new.
+
+Nothing draws from a stream that runs through the whole training: each epoch derives its own seed from (seed, epoch,
+rank), so that an epoch is the same whether or not the run was interrupted before it.
+"""
+
+import random
+
+import numpy as np
+import torch
+
+
+def derive_seed(seed: int, *path: int) -> int:
+    """An independent seed for a part of a run, such as `derive_seed(seed, epoch, rank)`."""
+    return int(np.random.SeedSequence((seed, *path)).generate_state(1)[0])
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def fresh_process_state(*, num_threads: int) -> None:
+    """Reset what one trial's code may leave behind in torch for the next one in this process. Seeds are separate."""
+    torch.set_num_threads(num_threads)
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_float32_matmul_precision("highest")
+    torch.set_flush_denormal(False)
+    torch.use_deterministic_algorithms(False)
+    torch.autograd.set_detect_anomaly(False)
+    for device_type in ("cpu", "cuda"):
+        torch.set_autocast_enabled(device_type, False)
+    torch.set_autocast_dtype("cpu", torch.bfloat16)
+    torch.set_autocast_dtype("cuda", torch.float16)
+    torch.set_autocast_cache_enabled(True)
+    torch.clear_autocast_cache()
+    torch.backends.cudnn.deterministic = False
+    torch.backends.cudnn.benchmark = False

@@ -1,0 +1,99 @@
+"""The user's task made concrete: a model, the data, and the objective, from `module:attribute` references.
+
+Data is read once per process: the datasets that `build_data` returns are kept for the next trial with the same
+arguments, so they must not be changed in place.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from heliostat.core.imports import resolve
+from heliostat.core.spec import Task
+from heliostat.errors import SpecError, nearest
+from heliostat.training.config import TrainConfig
+
+Mode = Literal["max", "min"]
+Data = Mapping[str, Dataset[Any]]
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`function(outputs, targets) -> float` over a whole split, on CPU; reported as `{split}_{name}`."""
+
+    name: str
+    function: Callable[[Tensor, Tensor], float]
+    mode: Mode
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training minimises and what it reports beside it. `loss(outputs, targets)` is the mean over the batch."""
+
+    loss: Loss
+    metrics: tuple[Metric, ...] = ()
+
+    @property
+    def default_monitor(self) -> str:
+        return f"val_{self.metrics[0].name}" if self.metrics else "val_loss"
+
+    def mode(self, reported: str) -> Mode:
+        """Whether a reported figure such as `val_accuracy` is better high or low; a loss is better low."""
+        name = reported.partition("_")[2]
+        return next((m.mode for m in self.metrics if m.name == name), "min" if reported.endswith("loss") else "max")
+
+    def monitor(self, config: TrainConfig) -> tuple[str, Mode]:
+        """The figure that says which epoch is best, and its mode. Raises SpecError when nothing reports it."""
+        reported = ["train_loss", "val_loss", *(f"val_{metric.name}" for metric in self.metrics)]
+        name = config.monitor or self.default_monitor
+        if name not in reported:
+            raise SpecError(f"monitor: nothing reports {name!r}{nearest(name, reported)}")
+        return name, self.mode(name)
+
+
+def build_model(task: Task, model_args: Mapping[str, Any]) -> nn.Module:
+    """Call the user's model function. Weights come from the global generators: seed them before."""
+    model = resolve(task.model)(**model_args)
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"task.model: {task.model} returned {type(model).__name__}, not a torch.nn.Module")
+    return model
+
+
+def build_data(task: Task, data_args: Mapping[str, Any]) -> Data:
+    """The user's map-style datasets by split: `train`, `val` and, where there is one, `test`."""
+    return _read_data(resolve(task.data), task.data, json.dumps(dict(data_args), sort_keys=True))
+
+
+# Keyed by the function itself as well: two pipelines' modules may have one name.
+@lru_cache(maxsize=4)
+def _read_data(function: Callable[..., Any], reference: str, data_args: str) -> Data:
+    data = function(**json.loads(data_args))
+    if not isinstance(data, Mapping):
+        raise SpecError(f"task.data: {reference} returned {type(data).__name__}, not a mapping of split to Dataset")
+    for split in ("train", "val"):
+        if split not in data:
+            raise SpecError(f"task.data: {reference} returned no {split!r} split{nearest(split, map(str, data))}")
+    for split, dataset in data.items():
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise SpecError(
+                f"task.data: {reference} returned {type(dataset).__name__} for {split!r}; "
+                "it must be a map-style Dataset, with __len__ and __getitem__"
+            )
+        if len(dataset) == 0:
+            raise SpecError(f"task.data: {reference} returned no samples for {split!r}")
+    return data
+
+
+def build_objective(task: Task) -> Objective:
+    """The loss and the metrics. A loss class such as `torch.nn:CrossEntropyLoss` is instantiated with its defaults."""
+    loss = resolve(task.loss)
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        loss = loss()
+    metrics = tuple(Metric(name=m.name, function=resolve(m.reference), mode=m.mode) for m in task.metrics)
+    return Objective(loss=loss, metrics=metrics)

@@ -1,0 +1,227 @@
+"""The user's own training loop, `train_fn(context, config)`, in place of ours.
+
+The context spreads the model and the batches over the workers, takes one row of metrics per epoch, and keeps the
+checkpoints that are reported with them. The best epoch is decided as in our loop, among those with a checkpoint once
+there is one.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+
+from heliostat.core.imports import resolve
+from heliostat.core.spec import Task
+from heliostat.errors import StageError, nearest
+from heliostat.training.batches import split_evenly
+from heliostat.training.checkpoints import Checkpoints, State
+from heliostat.training.config import TrainConfig
+from heliostat.training.progress import Fit, OnEpoch, Progress, cpu_copy, is_better, read_on_first_worker
+from heliostat.training.seeding import seed_everything
+from heliostat.training.strategies import parallelize
+from heliostat.training.task import Objective, build_objective
+from heliostat.training.world import World, any_worker, from_first_worker
+
+
+class StopTraining(BaseException):
+    """Ends the user's loop early from `report`. It is no error, so their `except Exception` must not catch it."""
+
+
+class TrainContext:
+    """What a user's loop is given. Every worker calls each method at the same point of its loop."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        objective: Objective,
+        world: World,
+        on_epoch: OnEpoch | None,
+        checkpoints: Checkpoints | None,
+    ) -> None:
+        self.rank = world.rank
+        self.world_size = world.size
+        self.device = world.device
+        self._world = world
+        self._config = config
+        self._objective = objective
+        self._on_epoch = on_epoch
+        self._checkpoints = checkpoints
+        self._progress = Progress()
+        self._checkpoint_epochs: list[int] = []
+        self._best_state: dict[str, Tensor] | None = None
+        self._row_started = time.perf_counter()
+
+    def prepare(self, model: nn.Module, loader: DataLoader[Any]) -> tuple[nn.Module, DataLoader[Any]]:
+        """The model under the config's strategy, and a loader of this worker's part of each of the loader's batches.
+
+        The loader's batch size is the global one. Raises StageError for a loader that several workers cannot share.
+        """
+        return parallelize(model, self._config.strategy, self._world), _share_loader(loader, self._world)
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Mapping[str, Any] | None = None) -> None:
+        """One epoch's row of metrics (rank 0's counts) and, where it should be kept, a checkpoint.
+
+        A checkpoint is the model's state dict, or a mapping of tensors and plain values with the state dict as `model`.
+        Raises StageError for metrics without the configured monitor, and for a checkpoint of anything else.
+        """
+        values = from_first_worker({name: float(value) for name, value in metrics.items()}, world=self._world)
+        row = {"seconds": time.perf_counter() - self._row_started} | values
+        progress = self._progress
+        progress.epoch += 1
+        progress.history.append(row)
+
+        is_best = False
+        if checkpoint is not None:
+            _require_plain(checkpoint, place="checkpoint")
+            state = _model_state(checkpoint)
+            is_best = self._beats(self._checkpoint_epochs)
+            self._checkpoint_epochs.append(progress.epoch)
+            if is_best:
+                self._best_state = cpu_copy(state)
+        elif not self._checkpoint_epochs:
+            is_best = self._beats(range(1, progress.epoch))
+        if is_best:
+            progress.best_epoch = progress.epoch
+
+        asked_to_stop = self._on_epoch is not None and self._on_epoch(progress.epoch, row) is True
+        progress.stopped = any_worker(asked_to_stop, world=self._world)
+        if checkpoint is not None and self._checkpoints is not None and self.rank == 0:
+            saved = {
+                "checkpoint": dict(checkpoint),
+                "checkpoint_epochs": self._checkpoint_epochs,
+                "progress": vars(progress),
+            }
+            self._checkpoints.save(saved, epoch=progress.epoch, is_best=is_best)
+        if progress.stopped:
+            raise StopTraining
+        self._row_started = time.perf_counter()
+
+    def restore(self) -> State | None:
+        """The last checkpoint reported before an interruption, or None. Epochs are then counted on from there."""
+        found = read_on_first_worker(self._checkpoints, world=self._world)
+        if found is None:
+            return None
+        saved, saved_best = found
+        self._progress = Progress(**saved["progress"])
+        self._checkpoint_epochs = saved["checkpoint_epochs"]
+        self._best_state = dict(_model_state(saved_best["checkpoint"]))
+        if self._progress.stopped:
+            raise StopTraining
+        checkpoint: State = saved["checkpoint"]
+        return checkpoint
+
+    def result(self, *, require_checkpoint: bool) -> Fit:
+        """What the loop came to. Raises StageError when it reported nothing, or no checkpoint where one is required."""
+        progress = self._progress
+        if not progress.history:
+            raise StageError(
+                "task.train_fn reported nothing; call context.report(metrics, checkpoint) after every epoch"
+            )
+        if self._best_state is None and require_checkpoint:
+            raise StageError(
+                "task.train_fn reported no checkpoint, so there is no model to keep; "
+                "pass one with the metrics: context.report(metrics, checkpoint=model.state_dict())"
+            )
+        return progress.fit(state=self._best_state or {})
+
+    def _beats(self, rivals: Iterable[int]) -> bool:
+        """Whether the newest row is better than those of the rival epochs. Without a figure to compare, it is."""
+        row = self._progress.history[-1]
+        monitor = self._config.monitor or self._objective.default_monitor
+        if monitor in row:
+            rows = [self._progress.history[epoch - 1] for epoch in rivals]
+            past = [rival[monitor] for rival in rows if monitor in rival]
+            return is_better(row[monitor], past, self._objective.mode(monitor))
+        if self._config.monitor is not None:
+            raise StageError(f"monitor: task.train_fn does not report {monitor!r}{nearest(monitor, row)}")
+        return True
+
+
+def run_user_loop(
+    task: Task,
+    config: TrainConfig,
+    *,
+    world: World,
+    seed: int,
+    on_epoch: OnEpoch | None = None,
+    checkpoints: Checkpoints | None = None,
+    require_checkpoint: bool = True,
+) -> Fit:
+    """Call `task.train_fn`, seeded alike on every worker so that all build the same model, and gather its reports."""
+    assert task.train_fn is not None
+    train_fn: Callable[[TrainContext, TrainConfig], object] = resolve(task.train_fn)
+    context = TrainContext(
+        config, objective=build_objective(task), world=world, on_epoch=on_epoch, checkpoints=checkpoints
+    )
+    seed_everything(seed)
+    with suppress(StopTraining):
+        train_fn(context, config)
+    return context.result(require_checkpoint=require_checkpoint)
+
+
+class _SharedBatches(Sampler[list[int]]):
+    """One worker's part of every batch that rank 0's sampler draws.
+
+    In an epoch's last batch a worker without a sample repeats one: a user's loop weights its own losses.
+    """
+
+    def __init__(self, batch_sampler: Sampler[list[int]] | Iterable[list[int]], world: World) -> None:
+        self._batch_sampler = batch_sampler
+        self._world = world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        drawn = [list(batch) for batch in self._batch_sampler] if self._world.rank == 0 else None
+        for batch in from_first_worker(drawn, world=self._world):
+            counts = split_evenly(len(batch), self._world.size)
+            start = sum(counts[: self._world.rank])
+            yield batch[start : start + counts[self._world.rank]] or batch[-1:]
+
+    def __len__(self) -> int:
+        return len(self._batch_sampler)  # type: ignore[arg-type]
+
+
+def _share_loader(loader: DataLoader[Any], world: World) -> DataLoader[Any]:
+    if world.size == 1:
+        return loader
+    if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
+        raise StageError(
+            "context.prepare: several workers share a loader by its batches of indices, and this one has none"
+        )
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=_SharedBatches(loader.batch_sampler, world),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+def _model_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    state = checkpoint.get("model", checkpoint)
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise StageError(
+            "a reported checkpoint must be the model's state dict, or a mapping with the state dict as 'model'"
+        )
+    return state
+
+
+def _require_plain(value: Any, *, place: str) -> None:
+    """Refuse now what a resumed run could not read back: loading never unpickles arbitrary objects."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _require_plain(item, place=f"{place}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _require_plain(item, place=f"{place}[{number}]")
+    elif type(value) not in (bool, int, float, str, type(None)) and not isinstance(value, Tensor):
+        raise StageError(f"{place} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")

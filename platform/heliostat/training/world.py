@@ -1,0 +1,65 @@
+"""Where a worker stands among the workers of one training run, and the few collectives that the loop needs.
+
+The process group is the caller's: with `size` > 1 it is already initialised. With one worker every function here is the
+identity, so that the callers read the same for any number of workers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """One worker of a run: its rank, the number of workers, and its device."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def sum_over_workers(values: Tensor, *, world: World) -> Tensor:
+    """The elementwise sum of every worker's `values`, on every worker."""
+    if world.size > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def any_worker(flag: bool, *, world: World) -> bool:
+    """Whether any worker's `flag` is set. All workers get the same answer."""
+    return bool(sum_over_workers(torch.tensor(float(flag), device=world.device), world=world))
+
+
+def from_first_worker(value: Any, *, world: World) -> Any:
+    """The value of rank 0, on every worker."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_rows(rows: Tensor, counts: Sequence[int], *, world: World) -> Tensor:
+    """Every worker's rows, in order of rank, on every worker; worker r has `counts[r]` of them."""
+    if world.size == 1:
+        return rows
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]), device=world.device)
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:count].to(rows.device) for part, count in zip(gathered, counts)])
+
+
+def copy_buffers_from_first(model: nn.Module, *, world: World) -> None:
+    """Give every worker rank 0's buffers.
+
+    Statistics such as BatchNorm's drift apart between workers within a step. What is evaluated must be what is saved.
+    """
+    if world.size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
