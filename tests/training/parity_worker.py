@@ -1,0 +1,168 @@
+"""One worker of a run that test_ddp.py repeats with several worker counts: `python parity_worker.py RANK SIZE FOLDER`.
+
+Each scenario leaves plain values and tensors in `FOLDER/{size}.pt`, as rank 0 saw them.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from heliostat.errors import StageError
+from heliostat.training.checkpoints import Checkpoints
+from heliostat.training.config import TrainConfig
+from heliostat.training.loop import Fit, evaluate, fit
+from heliostat.training.task import Metric, Objective
+from heliostat.training.user_loop import TrainContext, run_user_loop
+from heliostat.training.world import World
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    return (outputs.argmax(dim=1) == targets).double().mean().item()
+
+
+def weighted_by_position(outputs: Tensor, targets: Tensor) -> float:
+    return (outputs[:, 0] * torch.arange(len(outputs))).sum().item()
+
+
+OBJECTIVE = Objective(nn.functional.cross_entropy, (Metric("accuracy", accuracy, "max"),))
+SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
+
+
+def blobs(num_samples: int, *shape: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(num_samples)
+    targets = torch.arange(num_samples) % 3
+    inputs = torch.randn(num_samples, *shape, generator=generator) + targets.view(-1, *[1] * len(shape))
+    return TensorDataset(inputs, targets)
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def curve(world: World, folder: Path, **options: Any) -> dict[str, Any]:
+    """81 samples in batches of 8: the eleventh batch of each epoch is a single sample. 22 steps."""
+    weights: list[Tensor] = []
+    result = fit(
+        mlp(),
+        {"train": blobs(81, 8), "val": blobs(31, 8)},
+        TrainConfig(epochs=2, batch_size=8, optimizer=SGD, **options),
+        objective=OBJECTIVE,
+        seed=3,
+        world=world,
+        after_step=lambda model: weights.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone()),
+    )
+    return {"weights": torch.stack(weights), "history": result.history, "state": result.state}
+
+
+def in_parts(world: World, folder: Path) -> dict[str, Any]:
+    return curve(world, folder, accumulate_steps=2, clip_grad_norm=0.5)
+
+
+def exact_metrics(world: World, folder: Path) -> dict[str, float]:
+    """Fewer samples than some worlds have workers, and more, never divisible."""
+    objective = Objective(nn.functional.cross_entropy, (Metric("position", weighted_by_position, "max"),))
+    return {
+        f"{num_samples}_{name}": value
+        for num_samples in (1, 2, 31)
+        for name, value in evaluate(
+            mlp(), blobs(num_samples, 8), objective, split="val", batch_size=4, world=world
+        ).items()
+    }
+
+
+def batch_norm(world: World, folder: Path) -> dict[str, Any]:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    torch.manual_seed(0)
+    model(torch.zeros(2, 1, 6, 6))
+    data = {"train": blobs(40, 1, 6, 6), "val": blobs(31, 1, 6, 6)}
+    config = TrainConfig(epochs=2, batch_size=8, optimizer=SGD)
+    result = fit(model, data, config, objective=OBJECTIVE, seed=3, world=world)
+    model.load_state_dict(result.state)
+    return {
+        "during": result.metrics["val_loss"],
+        "after": evaluate(model, data["val"], OBJECTIVE, split="val")["val_loss"],
+    }
+
+
+def one_worker_stops(world: World, folder: Path) -> int:
+    config = TrainConfig(epochs=5, batch_size=8)
+    data = {"train": blobs(20, 8), "val": blobs(9, 8)}
+    stop_last_rank: Callable[..., bool] = lambda epoch, row: epoch == 2 and world.rank == world.size - 1  # noqa: E731
+    return fit(mlp(), data, config, objective=OBJECTIVE, seed=0, world=world, on_epoch=stop_last_rank).epochs
+
+
+def resumed(world: World, folder: Path) -> dict[str, Any]:
+    checkpoints = Checkpoints(folder / f"checkpoints-{world.size}")
+    data = {"train": blobs(20, 8), "val": blobs(9, 8)}
+
+    def train(epochs: int, kept: Checkpoints | None) -> Fit:
+        config = TrainConfig(epochs=epochs, batch_size=8)
+        return fit(mlp(), data, config, objective=OBJECTIVE, seed=0, world=world, checkpoints=kept)
+
+    train(2, checkpoints)
+    return {"resumed": train(4, checkpoints).state, "uninterrupted": train(4, None).state}
+
+
+def unused_parameter(world: World, folder: Path) -> str:
+    model = mlp()
+    model.register_parameter("spare", nn.Parameter(torch.zeros(1)))
+    try:
+        data = {"train": blobs(20, 8), "val": blobs(9, 8)}
+        fit(model, data, TrainConfig(epochs=1), objective=OBJECTIVE, seed=0, world=world)
+    except StageError as error:
+        return str(error)
+    return "trained"
+
+
+seen: list[list[int]] = []
+
+
+def own_loop(context: TrainContext, config: TrainConfig) -> None:
+    dataset = TensorDataset(torch.randn(11, 8), torch.zeros(11, dtype=torch.long), torch.arange(11))
+    loader = DataLoader(dataset, batch_size=config.batch_size, shuffle=True)
+    model, loader = context.prepare(mlp(), loader)
+    for inputs, targets, numbers in loader:
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        seen.append(numbers.tolist())
+    context.report({"val_loss": float(context.rank)}, checkpoint=model.state_dict())
+
+
+def users_loop(world: World, folder: Path) -> dict[str, Any]:
+    sys.modules["parity_worker"] = sys.modules["__main__"]
+    task = SimpleNamespace(train_fn="parity_worker:own_loop", loss="torch.nn.functional:cross_entropy", metrics=())
+    result = run_user_loop(task, TrainConfig(batch_size=4), world=world, seed=0)  # type: ignore[arg-type]
+    everyone: list[Any] = [None] * world.size
+    if world.size > 1:
+        dist.all_gather_object(everyone, seen)
+    else:
+        everyone = [seen]
+    return {"names": list(result.state), "val_loss": result.metrics["val_loss"], "batches": everyone}
+
+
+SCENARIOS = (curve, in_parts, exact_metrics, batch_norm, one_worker_stops, resumed, users_loop, unused_parameter)
+
+
+def main(rank: int, size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder / f'rendezvous-{size}'}", rank=rank, world_size=size
+        )
+    world = World(rank=rank, size=size)
+    results = {scenario.__name__: scenario(world, folder) for scenario in SCENARIOS}
+    if rank == 0:
+        torch.save(results, folder / f"{size}.pt")
+    if size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,75 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from heliostat.training.checkpoints import Checkpoints
+
+
+def save(folder: Path, *best_flags: bool) -> Checkpoints:
+    """Epochs 1, 2, ... with the given flags."""
+    checkpoints = Checkpoints(folder)
+    for epoch, is_best in enumerate(best_flags, start=1):
+        checkpoints.save({"epoch": epoch, "weight": torch.full((50,), float(epoch))}, epoch=epoch, is_best=is_best)
+    return checkpoints
+
+
+def kept_epochs(folder: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1].split(".")[0]) for path in folder.iterdir())
+
+
+def epoch_of(state: dict[str, Any] | None) -> int:
+    assert state is not None
+    return int(state["epoch"])
+
+
+def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "none")
+    assert checkpoints.latest() is checkpoints.best() is None
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, True, True, False, False, False)
+    assert kept_epochs(tmp_path) == [2, 4, 5]
+    assert epoch_of(checkpoints.latest()) == 5
+    assert epoch_of(checkpoints.best()) == 2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "altered"])
+def test_a_damaged_newest_checkpoint_is_passed_over_loudly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    checkpoints = save(tmp_path, True, False, False, True)
+    assert kept_epochs(tmp_path) == [1, 3, 4]
+    (newest,) = tmp_path.glob("epoch-00004*")
+    content = newest.read_bytes()
+    middle = len(content) // 2
+    altered = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    newest.write_bytes({"truncated": content[:middle], "empty": b"", "altered": altered}[damage])
+    assert epoch_of(checkpoints.latest()) == 3
+    assert epoch_of(checkpoints.best()) == 1
+    assert f"{newest} is damaged" in caplog.text
+
+
+def test_a_half_written_file_is_ignored_and_cleared_away(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, True)
+    half = tmp_path / f"epoch-00002.{'0' * 32}.pt.tmp"
+    half.write_bytes(b"half")
+    assert epoch_of(checkpoints.latest()) == 1
+    save(tmp_path, True, False)
+    assert not half.exists()
+
+
+def test_an_epoch_saved_again_replaces_what_came_after_the_one_gone_back_to(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, True, False, True, True)
+    checkpoints.save({"epoch": 3, "again": True}, epoch=3, is_best=False)
+    assert epoch_of(checkpoints.latest()) == 3
+    assert kept_epochs(tmp_path) == [3]
+
+
+def test_loading_never_runs_code(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save({"payload": Path("/")}, epoch=1, is_best=False)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        checkpoints.latest()
