@@ -78,9 +78,11 @@ class History:
 
     def finished(self, node: Node, record: Record) -> None:
         key = self._key_of(node)
+        epochs = record.details.get("history", ())
+        for epoch, row in enumerate(epochs, 1):  # of those tracked already nothing changes; a crash may have lost one
+            self._tracker.metrics(key, row, step=epoch)
         if record.metrics:  # after the epochs, so that MLflow shows the artifact's own figures as the latest
-            epochs = len(record.details.get("history", ()))
-            self._tracker.metrics(key, record.metrics, step=epochs + 1 if epochs else 0)
+            self._tracker.metrics(key, record.metrics, step=len(epochs) + 1 if epochs else 0)
         self._tracker.params(key, {f"result.{name}": value for name, value in record.params.items()})
         self._tracker.text(key, artifact_json(record), "record.json")
         self._tracker.tags(key, {"heliostat.path": str(node.folder)})

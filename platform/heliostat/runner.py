@@ -26,7 +26,7 @@ from heliostat.core.outcome import NodeOutcome, RunResult, Status, Unwatched, Vi
 from heliostat.core.plan import Node, Plan, artifact_of, check_fits, plan_pipeline
 from heliostat.core.spec import Pipeline
 from heliostat.core.stage import StageContext, StageResult, call_stage
-from heliostat.errors import HeliostatError
+from heliostat.errors import HeliostatError, SpecError
 from heliostat.history import History
 from heliostat.report import runs
 from heliostat.report.documents import run_document
@@ -63,7 +63,6 @@ def run(
     view = view or Unwatched()
     if not any(node.status == "run" for node in plan_pipeline(pipeline, force=force).nodes):
         return _all_reused(plan_pipeline(pipeline, force=force), view)
-    pipeline.storage_folder.mkdir(parents=True, exist_ok=True)
     with _only_run(pipeline, view):
         planned = plan_pipeline(pipeline, force=force)  # another run may have finished some of it meanwhile
         return _run_plan(planned, address=address, view=view)
@@ -96,11 +95,12 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
     view.began(planned, log=log)
     unfinished = [_outcome(node, "skipped", error="the run has not ended") for node in planned.nodes]
     tracking: dict[str, str | None] = {"uri": pipeline.tracking_uri, "experiment": pipeline.experiment, "run_id": None}
-    runs.write_run(
-        pipeline.storage_folder,
-        run_id,
-        run_document(RunResult(pipeline.name, "unfinished", tuple(unfinished), tracking, None, log)),
-    )
+    with _written_to(pipeline.storage_folder):
+        runs.write_run(
+            pipeline.storage_folder,
+            run_id,
+            run_document(RunResult(pipeline.name, "unfinished", tuple(unfinished), tracking, None, log)),
+        )
     with session.start(address, log=log, root=pipeline.root) as ray, History.open(planned, view.note) as history:
         total = ray.resources()
         where = "this machine" if address is None else f"the cluster at {address}"
@@ -115,7 +115,10 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
         untracked = history.close()
     tracking["run_id"] = history.run_id
     result = RunResult(pipeline.name, status, tuple(outcomes), tracking, selected, log, untracked)
-    runs.write_run(pipeline.storage_folder, run_id, run_document(result))
+    try:
+        runs.write_run(pipeline.storage_folder, run_id, run_document(result))
+    except OSError as error:  # what became of each node is still worth telling
+        view.note(f"{run_id} stays unfinished in the store's history: {error.strerror}")
     return result
 
 
@@ -303,14 +306,26 @@ def _selected(planned: Plan, outcomes: Sequence[NodeOutcome]) -> dict[str, Any] 
 @contextmanager
 def _only_run(pipeline: Pipeline, view: View) -> Iterator[None]:
     """Hold the pipeline's lock in the store: two runs of one pipeline do not write the same folders at once."""
-    path = pipeline.storage_folder / f"{pipeline.name}.lock"
-    with path.open("w") as file:
+    store = pipeline.storage_folder
+    with _written_to(store):
+        store.mkdir(parents=True, exist_ok=True)
+        file = (store / f"{pipeline.name}.lock").open("w")
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             view.note(f"another run of {pipeline.name!r} is using this store; waiting for it to end")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _written_to(store: Path) -> Iterator[None]:
+    """Before anything has started: a store that takes no files is a wrong `storage`."""
+    try:
+        yield
+    except OSError as error:
+        raise SpecError(f"storage: {store} cannot be written: {error.strerror}") from error
 
 
 __all__ = ["NodeOutcome", "RunResult", "Unwatched", "View", "check_fits_here", "load_pipeline", "plan", "run"]

@@ -14,7 +14,7 @@ from typing import Any
 
 def canonical_json(document: Any) -> str:
     """JSON with sorted keys, no spaces, and one way to write each number (1.0 and 1 are the same)."""
-    return json.dumps(_canonical(document), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(_canonical(document), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def _canonical(value: Any) -> Any:

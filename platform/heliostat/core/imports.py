@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 import re
 import site
 import sys
@@ -23,6 +24,8 @@ from typing import Any
 from heliostat.errors import SpecError, nearest
 
 REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+SHOW_AT_MOST = 20
+"""So many known names are listed when none is near."""
 
 
 def reference_to(target: Callable[..., Any]) -> str:
@@ -55,29 +58,29 @@ def resolve(reference: str) -> Any:
         found: Any = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise SpecError(f"no module named {error.name!r}{nearest(error.name, _importable_names())}") from None
+            raise SpecError(f"no module named {error.name!r}{_hint(error.name, _modules_beside(error.name))}") from None
         raise SpecError(f"module {module_name!r} does not import: {type(error).__name__}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a main guard exits when it is imported
         raise SpecError(f"module {module_name!r} does not import: {type(error).__name__}: {error}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             names = [n for n in dir(found) if not n.startswith("_")]
-            raise SpecError(
-                f"{module_name!r} has no {part!r}{nearest(part, names) if len(names) < 200 else _close(part, names)}"
-            )
+            raise SpecError(f"{module_name!r} has no {part!r}{_hint(part, names)}")
         found = getattr(found, part)
     return found
 
 
-def _close(word: str, names: list[str]) -> str:
+def _hint(word: str, names: list[str]) -> str:
+    """The nearest name, or all of them when they are few."""
     text = nearest(word, names)
-    return text if text.startswith("; did") else ""
+    return text if text.startswith("; did") or len(names) <= SHOW_AT_MOST else ""
 
 
-def _importable_names() -> list[str]:
-    """The modules that the pipeline's folder offers, for a did-you-mean."""
-    root = Path(sys.path[0]) if sys.path and sys.path[0] else Path()
-    return [p.stem for p in root.glob("*.py")] if root.is_dir() else []
+def _modules_beside(name: str) -> list[str]:
+    """The modules of the same package, or those that the pipeline's folder offers, for a did-you-mean."""
+    package = name.rpartition(".")[0]
+    places = getattr(sys.modules.get(package), "__path__", []) if package else sys.path[:1]
+    return [f"{package}.{found.name}" if package else found.name for found in pkgutil.iter_modules(places)]
 
 
 def why_not_callable(
@@ -88,7 +91,7 @@ def why_not_callable(
     With `partial`, more keyword arguments will come later, so that a missing one is not a fault.
     """
     if not callable(function):
-        return f"is a {type(function).__name__}, not a function"
+        return f"is of type {type(function).__name__}, not a function"
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # builtins written in C have no signature to check

@@ -8,10 +8,12 @@ from typing import Any
 import yaml
 from pydantic import Field
 
-from heliostat.core.model import Spec
+from heliostat.core.model import NonNegativeInt, Spec
 from heliostat.core.spec import Pipeline, Resources
 from heliostat.core.validate import validate
 from heliostat.errors import SpecError, nearest
+
+MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
@@ -19,9 +21,10 @@ class _Loader(yaml.SafeLoader):
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
+        if key_node.tag == MERGE:
+            continue
         key = loader.construct_object(key_node, deep=True)
         line = key_node.start_mark.line + 1
         if not isinstance(key, str | int | float | bool):
@@ -29,6 +32,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
         if key in seen:
             raise SpecError(f"line {line}: duplicate key {key!r}; it is on line {seen[key]} already")
         seen[key] = line
+    loader.flatten_mapping(node)  # puts what `<<` brings first, so that the mapping's own keys hold
     return {loader.construct_object(k, deep=True): loader.construct_object(v, deep=True) for k, v in node.value}
 
 
@@ -64,7 +68,7 @@ def parse_yaml(text: str, *, name: str) -> Any:
             raise SpecError(f"{name}: {line}a tab; YAML indents with spaces only") from None
         raise SpecError(f"{name}: {line}not YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError) as error:
-        raise SpecError(f"{name}: not YAML: {error}") from None
+        raise SpecError(f"{name}: not YAML: {str(error).partition(chr(10))[0]}") from None
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -99,7 +103,7 @@ def load_pipeline(path: str | Path, *, settings: Sequence[str] = ()) -> Pipeline
 def apply_setting(document: dict[str, Any], setting: str) -> None:
     """Put one `path=value` into the document; the value is YAML. Stages go by name: `stages.train.config.epochs=3`."""
     path, equals, text = setting.partition("=")
-    steps = path.split(".")
+    steps = _steps(path)
     if not equals or not all(steps):
         raise SpecError(f"--set {setting}: write it as path=value, such as stages.train.config.epochs=3")
     value = parse_yaml(text, name=f"--set {path}")
@@ -109,6 +113,15 @@ def apply_setting(document: dict[str, Any], setting: str) -> None:
     if not isinstance(target, dict):
         raise SpecError(f"--set {path}: {'.'.join(steps[:-1])} is not a mapping")
     target[steps[-1]] = value
+
+
+def _steps(path: str) -> list[str]:
+    """The steps of a `--set` path. The keys of a stage's `matrix` and `space` are dotted paths themselves."""
+    steps = path.split(".")
+    for start, word in ((3, "matrix"), (4, "space")):
+        if steps[0] == "stages" and steps[start - 1 : start] == [word] and len(steps) > start:
+            return [*steps[:start], ".".join(steps[start:])]
+    return steps
 
 
 def _descend(target: Any, step: str, place: str) -> Any:
@@ -129,12 +142,16 @@ class _Default(Spec):
 
     config: dict[str, Any] = Field(default_factory=dict)
     resources: Resources = Resources()
-    retries: int = 0
+    retries: NonNegativeInt = 0
 
 
 def pipeline_from(document: Mapping[str, Any], *, root: Path) -> Pipeline:
     """The pipeline that a document describes; its `defaults` are merged into the stages and are gone after that."""
     document = dict(document)
+    known = {"defaults", *Pipeline.model_fields} - {"root"}
+    for key in document:
+        if key not in known:
+            raise SpecError(f"{key}: unknown field{nearest(str(key), known)}")
     defaults = document.pop("defaults", None) or {}
     stages = document.get("stages")
     if not isinstance(defaults, Mapping):
@@ -148,8 +165,6 @@ def pipeline_from(document: Mapping[str, Any], *, root: Path) -> Pipeline:
             if kind not in used:
                 raise SpecError(f"defaults.{kind}: no stage uses {kind!r}{nearest(str(kind), used)}")
         document["stages"] = [_with_defaults(entry, defaults) for entry in stages]
-    if "root" in document:
-        raise SpecError("root: unknown field; the user's modules are looked up in the folder of the file")
     return validate(Pipeline, {**document, "root": root})
 
 

@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, Strict
 class Spec(BaseModel):
     """A frozen record that refuses unknown fields."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False, ser_json_inf_nan="constants"
+    )
 
 
 Integer = Annotated[int, Strict()]

@@ -79,7 +79,8 @@ def plan_pipeline(pipeline: Pipeline, *, force: Sequence[str] = ()) -> Plan:
     by_stage: dict[str, list[Node]] = {}
     for index, stage in enumerate(pipeline.stages):
         place = f"stages[{index}] ({stage.name})"
-        nodes = _expand(pipeline, stage, place, by_stage, functions)
+        nodes = list(_expand(pipeline, stage, place, by_stage, functions))
+        _check_distinct(nodes, place)
         by_stage[stage.name] = [history.look_up(node, forced=stage.name in force) for node in nodes]
     return Plan(pipeline, tuple(node for nodes in by_stage.values() for node in nodes), functions)
 
@@ -106,13 +107,21 @@ def _import_task(task: Task) -> dict[str, Callable[..., Any]]:
             functions[place] = imports.resolve(reference)
         except SpecError as error:
             raise SpecError(f"task.{place}: {reference!r}: {error}") from error.__cause__
-    positional = {"model": 0, "data": 0, "loss": 2, "train_fn": 2}
     for place, function in functions.items():
-        count = positional.get(place, 2)
-        problem = imports.why_not_callable(function, (), positional=count, partial=count == 0)
+        problem = _why_not_called(place, function)
         if problem:
             raise SpecError(f"task.{place}: {task.references[place]!r} {problem}")
     return functions
+
+
+def _why_not_called(place: str, function: Any) -> str | None:
+    if place in {"model", "data"}:  # their arguments are in the stages' configs
+        return imports.why_not_callable(function, (), partial=True)
+    if place == "loss" and isinstance(function, type):  # such as torch.nn:CrossEntropyLoss, made with its defaults
+        return imports.why_not_callable(function, ())
+    problem = imports.why_not_callable(function, (), positional=2)
+    called = "context, config" if place == "train_fn" else "outputs, targets"
+    return f"{problem}; it is called with ({called})" if problem and callable(function) else problem
 
 
 # --- expansion -------------------------------------------------------------------------------------
@@ -167,6 +176,16 @@ def _expand(
         )
 
 
+def _check_distinct(nodes: Sequence[Node], place: str) -> None:
+    """Nodes that are the same would be made twice, in one folder."""
+    seen: dict[str, Node] = {}
+    for node in nodes:
+        twin = seen.get(node.name) or seen.get(node.fingerprint)
+        if twin:
+            raise SpecError(f"{place}: {twin.name} and {node.name} are the same; leave one out")
+        seen |= {node.name: node, node.fingerprint: node}
+
+
 def _check(kind: StageKind, config: Spec, view: ConfigView, place: str) -> None:
     try:
         problems = list(kind.check(config, view))
@@ -185,9 +204,13 @@ def _connect(
     for slot, names in stage.inputs.items():
         if slot not in kind.inputs:
             raise SpecError(f"{place}.inputs.{slot}: {kind.name} has no input {slot!r}{nearest(slot, kind.inputs)}")
-        for name in names:
+        for position, name in enumerate(names):
+            if name in names[:position]:
+                raise SpecError(f"{place}.inputs.{slot}: {name!r} is there twice")
+            if name == stage.name:
+                raise SpecError(f"{place}.inputs.{slot}: {name!r} is this stage itself{nearest(name, by_stage)}")
             if name not in by_stage:
-                when = "comes later, or is this stage itself" if name in later else "does not exist"
+                when = "comes later" if name in later else "does not exist"
                 raise SpecError(f"{place}.inputs.{slot}: the stage {name!r} {when}{nearest(name, by_stage)}")
             slots.setdefault(slot, []).extend(by_stage[name])
             _check_edge(kind.inputs[slot], by_stage[name][0], f"{place}.inputs.{slot}")

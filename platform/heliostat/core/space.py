@@ -206,6 +206,9 @@ def _parse_options(argument: Any, place: str) -> tuple[Option, ...]:
 def _parse_option(value: Any, place: str) -> Option:
     if isinstance(value, Mapping) and set(value) == {"value", "space"}:
         return Option(value["value"], Space.parse(value["space"], f"{place}.space"))
+    if isinstance(value, Mapping) and len(value) == 2 and "value" in value:
+        (word,) = set(value) - {"value"}
+        raise SpecError(f"{place}: unknown field {word!r} beside 'value'{nearest(str(word), ['space'])}")
     return Option(value, Space({}))
 
 

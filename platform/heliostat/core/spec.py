@@ -161,6 +161,13 @@ class Pipeline(Spec):
     seed: Integer = 0
     root: Path = Field(default_factory=Path.cwd, exclude=True, repr=False)
 
+    @field_validator("storage")
+    @classmethod
+    def _is_a_folder(cls, storage: str | None) -> str | None:
+        if storage is not None and "://" in storage:
+            raise ValueError(f"{storage!r} is a URL; name a local folder, or one that all machines share")
+        return storage
+
     @field_validator("root")
     @classmethod
     def _absolute(cls, root: Path) -> Path:

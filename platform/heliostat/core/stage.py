@@ -76,7 +76,10 @@ class StageResult:
     params: Mapping[str, Any] = field(default_factory=dict)
     """What the stage decided, as JSON values: the best parameters of a search, the merged config of a training run."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Anything else worth keeping in the record, as JSON values: a table of trials, a table of candidates."""
+    """Anything else worth keeping in the record, as JSON values: a table of trials, a table of candidates.
+
+    `history`, where there is one, is a row of metrics per epoch.
+    """
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,7 @@ def find_kind(uses: str) -> StageKind:
     if uses in _KINDS:
         return _KINDS[uses]
     if uses in installed:
-        return _kind_of(installed[uses].load(), uses)
+        return _kind_of(resolve(f"{installed[uses].module}:{installed[uses].attr}"), uses)
     if ":" in uses:
         return _kind_of(resolve(uses), uses)
     raise SpecError(f"unknown stage kind {uses!r}{nearest(uses, [*_KINDS, *installed])}")

@@ -14,8 +14,14 @@ def validate(model: type[T], data: Any, place: str = "") -> T:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = (_describe(model, data, place, fault) for fault in error.errors(include_url=False))
+        faults = [fault for fault in error.errors(include_url=False) if not _follows_from_another(fault)]
+        lines = (_describe(model, data, place, fault) for fault in faults)
         raise SpecError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _follows_from_another(fault: Any) -> bool:
+    """A list whose entries are wrong counts as too short in pydantic's eyes, for it has no valid ones."""
+    return fault["type"] == "too_short" and len(fault["input"]) > 0
 
 
 def _describe(model: type[BaseModel], data: Any, place: str, fault: Any) -> str:
@@ -33,9 +39,13 @@ def _describe(model: type[BaseModel], data: Any, place: str, fault: Any) -> str:
         expected = fault["ctx"]["expected"]
         words = expected.replace("'", "").replace(" or ", ", ").split(", ")
         return f"{where}: {fault['input']!r} is not one of {', '.join(words)}{_did_you_mean(fault['input'], words)}"
+    if kind == "too_short":
+        return f"{where}: empty; name at least one"
     message = fault["msg"][0].lower() + fault["msg"][1:]
     if kind in {"model_type", "model_attributes_type", "dict_type"}:
         message = "input should be a mapping"
+    elif kind in {"tuple_type", "list_type"}:
+        message = "input should be a list"
     return f"{where}: {message}, not {_short(fault['input'])}"
 
 

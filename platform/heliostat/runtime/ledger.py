@@ -7,7 +7,7 @@ interrupted search was: ended trials stay ended, and those under way come first 
 import hashlib
 import json
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +77,7 @@ class Ledger:
         self._started_at[trial] = time.monotonic()
         params = self.standing.open[trial].params
         self._reporter.trial_started(trial, params)
+        self._show_progress()
         return {"trial": trial, "params": json.dumps(params), "seed": trial_seed(self._seed, trial)}
 
     def rows(self, trial: str, rows: Sequence[Row]) -> None:
@@ -90,6 +91,20 @@ class Ledger:
         self._engine.observe(trial, self._value(trial))
         record = self.standing.ended[trial]
         self._reporter.trial_ended(trial, status, metrics=record.metrics, reason=reason)
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        ended = self.standing.ended.values()
+        states = Counter(trial.status for trial in ended)
+        values = [trial.metrics[self.metric] for trial in ended if trial.status != "failed"]
+        self._reporter.progress(
+            done=len(ended),
+            total=self._trials,
+            running=len(self._started_at),
+            stopped=states["stopped"],
+            failed=states["failed"],
+            best=(max if self._mode == "max" else min)(values, default=None),
+        )
 
 
 def trial_seed(seed: int, trial: str) -> int:

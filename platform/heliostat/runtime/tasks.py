@@ -15,7 +15,6 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import (
     ActorDiedError,
-    ActorDiedError,
     NodeDiedError,
     OutOfMemoryError,
     RayError,

@@ -1,6 +1,6 @@
 """What several stages check of their config before anything starts: arguments, metrics, and what goes in."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from heliostat.core.imports import why_not_callable
 from heliostat.core.stage import ConfigView
@@ -24,14 +24,27 @@ def check_arguments(
             yield f"{place}.{field}: {getattr(view.task, name)!r} {problem}"
 
 
+def check_searched(paths: Iterable[str], view: ConfigView, *, place: str) -> Iterator[str]:
+    """Whether the user's model and data functions take the arguments that a search sets."""
+    for path in paths:
+        field, _, argument = path.partition(".")
+        name = field.removesuffix("_args")
+        if field in {"model_args", "data_args"}:
+            problem = why_not_callable(view.functions[name], [argument.partition(".")[0]], partial=True)
+            if problem:
+                yield f"{place}.{path}: {getattr(view.task, name)!r} {problem}"
+
+
 def check_monitor(config: TrainConfig, view: ConfigView, *, place: str) -> Iterator[str]:
     if config.monitor is not None:
         yield from check_metric(config.monitor, view, place=f"{place}.monitor")
 
 
-def check_metric(metric: str, view: ConfigView, *, place: str) -> Iterator[str]:
+def check_metric(
+    metric: str, view: ConfigView, *, place: str, splits: Sequence[str] = ("train", "val")
+) -> Iterator[str]:
     """Whether anybody reports the metric, and whether a choice may look at it."""
-    known = [name for name in view.task.metric_modes if not name.startswith("test_")]
+    known = [name for name in view.task.metric_modes if name.partition("_")[0] in splits]
     if metric.startswith("test_"):
         yield f"{place}: {metric!r} is of the test split, which nothing may choose by; use val_{metric[5:]!s}"
     elif metric not in known and view.task.train_fn is None:

@@ -1,9 +1,11 @@
 """`export`: a model that runs without its training code."""
 
+from collections.abc import Iterator
 from typing import Literal
 
 from heliostat.core.model import Spec
-from heliostat.core.stage import StageContext, StageResult, stage
+from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
+from heliostat.stages.checks import UNTRAINABLE
 
 
 class ExportConfig(Spec):
@@ -12,7 +14,13 @@ class ExportConfig(Spec):
     format: Literal["onnx"] = "onnx"
 
 
-@stage("export", inputs={"model": "model"}, output="model")
+def _check(config: ExportConfig, view: ConfigView) -> Iterator[str]:
+    for kind, _ in view.inputs["model"]:
+        if kind.name in UNTRAINABLE:
+            yield f"inputs.model: what {kind.name!r} makes is exported already; name the stage before it"
+
+
+@stage("export", inputs={"model": "model"}, output="model", check=_check)
 def export(context: StageContext, config: ExportConfig) -> StageResult:
     """Export the model in the slot `model` and compare the outcome, loaded again, with it."""
     from heliostat.compression.export import save_onnx

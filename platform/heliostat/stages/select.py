@@ -33,7 +33,7 @@ class SelectConfig(Spec):
 
 def _check(config: SelectConfig, view: ConfigView) -> Iterator[str]:
     for metric in config.max_drop:
-        yield from check_metric(metric, view, place=f"config.max_drop.{metric}")
+        yield from check_metric(metric, view, place=f"config.max_drop.{metric}", splits=("val",))
     for index, cost in enumerate(config.minimize):
         if cost not in COSTS:
             yield f"config.minimize[{index}]: no model is measured for {cost!r}{nearest(cost, COSTS)}"

@@ -9,11 +9,11 @@ from pydantic import BeforeValidator, Field
 from heliostat.core.artifact import write_json
 from heliostat.core.model import Count, Integer, Spec
 from heliostat.core.paths import overlay, why_not_a_path
-from heliostat.core.space import Choice, Grid, LogUniform, RandInt, Space, Uniform
+from heliostat.core.space import Choice, Constant, Dimension, Grid, LogUniform, RandInt, Space, Uniform
 from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.errors import SpecError
-from heliostat.stages.checks import check_arguments, check_metric
+from heliostat.stages.checks import check_arguments, check_metric, check_searched
 from heliostat.training.config import TrainConfig
 
 Algorithm = Literal["grid", "random", "bayesian"]
@@ -89,9 +89,10 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
         if problem:
             yield f"config.space.{path}: not a field of the train config: {problem}"
     if not any(bad_paths.values()):
-        for point in _probes(space):
+        for point in _probes(space, random.Random(0)):
             overlay(config.train, point, place="config.space")
-        yield from check_arguments(config.train, view, place="config.train", more=space.paths())
+        wrong = list(check_searched(space.paths(), view, place="config.space"))
+        yield from wrong or check_arguments(config.train, view, place="config.train", more=space.paths())
     if config.algorithm == "grid":
         try:
             space.grid()
@@ -103,25 +104,24 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
         yield from check_metric(config.objective.metric, view, place="config.objective.metric")
 
 
-def _probes(space: Space) -> Iterator[Mapping[str, Any]]:
-    """Points that show whether the train config takes what the space offers: some at random, then every end."""
-    rng = random.Random(0)
-    yield from (space.sample(rng) for _ in range(8))
+def _probes(space: Space, rng: random.Random) -> Iterator[Mapping[str, Any]]:
+    """Points that show whether the train config takes what the space offers: every end, then some at random."""
     for path, dimension in space.dimensions.items():
-        match dimension:
-            case Uniform(low, high) | LogUniform(low, high):
-                ends: list[Any] = [low, high]
-            case RandInt(low, high):
-                ends = [low, high - 1]
-            case Choice(options) | Grid(options):
-                ends = [option.value for option in options if not option.space.dimensions]
-            case _:
-                ends = []
-        yield from ({**space.sample(rng), path: end} for end in ends if _opens_nothing(dimension))
+        others = Space({other: d for other, d in space.dimensions.items() if other != path})
+        yield from ({**others.sample(rng), **end} for end in _ends(path, dimension, rng))
+    yield from (space.sample(rng) for _ in range(8))
 
 
-def _opens_nothing(dimension: Any) -> bool:
-    return not any(option.space.dimensions for option in getattr(dimension, "options", ()))
+def _ends(path: str, dimension: Dimension, rng: random.Random) -> Iterator[Mapping[str, Any]]:
+    match dimension:
+        case Uniform(low, high) | LogUniform(low, high):
+            yield from ({path: low}, {path: high})
+        case RandInt(low, high):
+            yield from ({path: low}, {path: high - 1})
+        case Choice(options) | Grid(options):
+            yield from ({path: option.value, **point} for option in options for point in _probes(option.space, rng))
+        case Constant(value):
+            yield {path: value}
 
 
 def _needs(resources: Resources) -> tuple[float, float]:

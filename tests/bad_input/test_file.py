@@ -1,0 +1,179 @@
+"""A file that is no pipeline: no YAML, unknown keys, wrong values, missing ones, unsafe names."""
+
+import pytest
+
+from heliostat.core.load import load_pipeline
+from heliostat.errors import SpecError
+
+
+def test_a_file_that_is_not_there_is_refused_with_the_nearest_one(toy):
+    with pytest.raises(SpecError, match=r"toi\.yaml: no such file; did you mean 'toy\.yaml'\?"):
+        load_pipeline(toy.folder / "toi.yaml")
+
+
+def test_a_folder_is_no_pipeline_file(toy):
+    with pytest.raises(SpecError, match="is not a file"):
+        load_pipeline(toy.folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        pytest.param("name: [toy\n", "line 2, column 1: not YAML: expected ',' or ']'", id="open-bracket"),
+        pytest.param("a: b: c\n", "line 1, column 5: not YAML: mapping values are not allowed here", id="two-colons"),
+        pytest.param("\0", "not YAML: unacceptable character", id="binary"),
+        pytest.param("a: !!python/object/apply:os.getcwd []\n", "line 1, column 4: not YAML: could", id="python-tag"),
+        pytest.param("name: toy\ntask:\n\tmodel: x\n", "line 3, column 1: a tab; YAML indents with spaces", id="tab"),
+        pytest.param("name: a\nname: b\n", "line 2: duplicate key 'name'; it is on line 1 already", id="duplicate"),
+        pytest.param("task:\n  model: a\n  model: b\n", "line 3: duplicate key 'model'", id="nested-duplicate"),
+        pytest.param("", "holds NoneType, not a mapping with `name`, `task` and `stages`", id="empty"),
+        pytest.param("- train\n", "holds list, not a mapping", id="list"),
+    ],
+)
+def test_what_is_no_mapping_in_yaml_is_refused_with_its_line(toy, refusal, text, expected):
+    assert f"{toy.file}: {expected}" in str(refusal(text=text))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"stagess": []}, "stagess: unknown field; did you mean 'stages'?"),
+        ({"default": {}}, "default: unknown field; did you mean 'defaults'?"),
+        ({"root": "/"}, "root: unknown field; known: defaults, name, seed, stages, storage, task, tracking"),
+        ({"task/modle": "toy:x"}, "task.modle: unknown field; did you mean 'model'?"),
+        (
+            {"task/metrics": [{"reference": "toy:accuracy", "mod": "max"}]},
+            "task.metrics[0].mod: unknown field; did you mean 'mode'?",
+        ),
+        ({"stages/train/input": {}}, "stages[1] (train).input: unknown field; did you mean 'inputs'?"),
+        (
+            {"stages/prune/config/sparsty": 0.5},
+            "stages[2] (prune).config.sparsty: unknown field; did you mean 'sparsity'?",
+        ),
+        (
+            {"stages/search/config/train/epoch": 2},
+            "stages[0] (search).config.train.epoch: unknown field; did you mean 'epochs'?",
+        ),
+        (
+            {"stages/search/config/scheduler": {"asha": {"grace_epoch": 1}}},
+            "stages[0] (search).config.scheduler.asha.grace_epoch: unknown field; did you mean 'grace_epochs'?",
+        ),
+        (
+            {"stages/train/config/optimizer": {"learning_rate": 1}},
+            "stages[1] (train).config.optimizer.learning_rate: unknown field; known: betas, eps, lr, momentum,",
+        ),
+        (
+            {"stages/train/resources": {"worker": 2}},
+            "stages[1] (train).resources.worker: unknown field; did you mean 'workers'?",
+        ),
+        ({"tracking": {"url": "x"}}, "tracking.url: unknown field; did you mean 'uri'?"),
+        (
+            {"stages/prune/matrix": {"sparsty": [0.1]}},
+            "stages[2] (prune).matrix.sparsty: unknown field 'sparsty'; did you mean 'sparsity'?",
+        ),
+        (
+            {"stages/prune/matrix": {"optimizer.lrr": [0.1]}},
+            "stages[2] (prune).matrix.optimizer.lrr: unknown field 'lrr'; did you mean 'lr'?",
+        ),
+        ({"defaults": {"trian": {}}}, "defaults.trian: no stage uses 'trian'; did you mean 'train'?"),
+        (
+            {"defaults": {"train": {"confg": {}}}},
+            "defaults.train.confg: unknown field; did you mean 'config'?",
+        ),
+        (
+            {"defaults": {"train": {"config": {"epoch": 3}}}},
+            "stages[1] (train).config.epoch: unknown field; did you mean 'epochs'?",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_unknown_key_is_refused_at_every_level(refusal, changes, expected):
+    assert expected in str(refusal(changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"name": 3}, "name: input should be a valid string, not 3"),
+        ({"seed": "x"}, "seed: input should be a valid integer, not 'x'"),
+        ({"task": "toy"}, "task: input should be a mapping, not 'toy'"),
+        ({"task/metrics": "toy:accuracy"}, "task.metrics: input should be a list, not 'toy:accuracy'"),
+        ({"stages": {"train": {}}}, "stages: input should be a list, not {'train': {}}"),
+        ({"stages": ["train"]}, "stages[0]: input should be a mapping, not 'train'"),
+        ({"stages": []}, "stages: empty; name at least one"),
+        ({"tracking": [1]}, "tracking: input should be a mapping, not [1]"),
+        ({"defaults": [1]}, "defaults: [1] is not a mapping"),
+        ({"stages/prune/inputs": "train"}, "stages[2] (prune).inputs: input should be a mapping, not 'train'"),
+        ({"stages/prune/inputs": {"model": 3}}, "stages[2] (prune).inputs.model: input should be a list, not 3"),
+        ({"stages/prune/config": [1]}, "stages[2] (prune).config: input should be a mapping, not [1]"),
+        ({"stages/prune/matrix": {"sparsity": 0.5}}, "stages[2] (prune).matrix.sparsity: input should be a list"),
+        ({"stages/prune/matrix": {"sparsity": []}}, "stages[2] (prune).matrix.sparsity: empty; name at least one"),
+        (
+            {"stages/prune/matrix": {"sparsity": [0.1, 1.5]}},
+            "stages[2] (prune).config.sparsity: input should be less than 1, not 1.5",
+        ),
+        ({"stages/train/config/epochs": "3"}, "stages[1] (train).config.epochs: input should be a valid integer"),
+        ({"stages/train/config/epochs": True}, "stages[1] (train).config.epochs: input should be a valid integer"),
+        (
+            {"stages/train/config/optimizer": {"lr": -1}},
+            "stages[1] (train).config.optimizer.lr: input should be greater than 0, not -1",
+        ),
+        (
+            {"stages/train/config/optimizer": {"name": "adamm"}},
+            "stages[1] (train).config.optimizer.name: unknown optimizer 'adamm'; did you mean 'adam'?",
+        ),
+        (
+            {"stages/train/config/optimizer": {"name": "adam", "momentum": 0.9}},
+            "stages[1] (train).config.optimizer: adam takes no 'momentum'; it takes betas, eps, lr, weight_decay",
+        ),
+        (
+            {"stages/train/config/strategy": "dpp"},
+            "stages[1] (train).config.strategy: 'dpp' is not one of auto, single, ddp; did you mean 'ddp'?",
+        ),
+        (
+            {"stages/search/config/trials": -3},
+            "stages[0] (search).config.trials: input should be greater than or equal to 1, not -3",
+        ),
+        (
+            {"stages/train/resources": {"workers": 0}},
+            "stages[1] (train).resources.workers: input should be greater than or equal to 1, not 0",
+        ),
+        ({"stages/train/retries": -1}, "stages[1] (train).retries: input should be greater than or equal to 0"),
+        ({"storage": "s3://bucket/runs"}, "storage: 's3://bucket/runs' is a URL; name a local folder"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_value_is_refused(refusal, changes, expected):
+    assert expected in str(refusal(changes))
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("name", "name: missing; it is required"),
+        ("task", "task: missing; it is required"),
+        ("stages", "stages: missing; it is required"),
+        ("task/model", "task.model: missing; it is required"),
+        ("task/data", "task.data: missing; it is required"),
+        ("stages/train/name", "stages[1].name: missing; it is required"),
+        ("stages/train/uses", "stages[1] (train).uses: missing; it is required"),
+        ("stages/search/config/space", "stages[0] (search).config.space: missing; it is required"),
+        (
+            "stages/prune/inputs",
+            "stages[2] (prune).inputs.model: missing; prune needs the name of a stage that makes a model",
+        ),
+    ],
+)
+def test_what_is_required_and_missing_is_named(refusal, path, expected):
+    assert expected in str(refusal({path: ...}))
+
+
+def test_all_faults_of_a_file_are_told_at_once(refusal):
+    text = str(refusal({"stages/train/input": {}, "task/modle": "toy:x", "seed": "x"}))
+    assert text.count("\n") == 2
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\\b", "..", "../up", ".hidden", "", " padded", "two\nlines", "x" * 101])
+def test_a_name_that_is_no_safe_folder_is_refused(refusal, name):
+    assert f"name: {name!r} cannot be the name of a folder" in str(refusal({"name": name}))
+    assert f".name: {name!r} cannot be the name of a folder" in str(refusal({"stages/best/name": name}))

@@ -1,0 +1,111 @@
+"""Search spaces that say nothing, or what the train config would refuse in the middle of a search."""
+
+from typing import Any
+
+import pytest
+
+from heliostat.core.load import load_pipeline
+from heliostat.runner import plan
+
+
+def space(**dimensions: Any) -> dict[str, Any]:
+    """The change that makes these the search space; `__` stands for the dot of a path."""
+    return {"stages/search/config/space": {path.replace("__", "."): d for path, d in dimensions.items()}}
+
+
+SEARCH = "stages[0] (search).config.space"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (space(), f"{SEARCH}: nothing to search; name at least one parameter"),
+        (
+            space(optimizer__lrr={"uniform": [0.1, 1]}),
+            f"{SEARCH}.optimizer.lrr: not a field of the train config: unknown field 'lrr'; did you mean 'lr'?",
+        ),
+        (space(epochs__x={"choice": [1]}), f"{SEARCH}.epochs.x: not a field of the train config: epochs has no fields"),
+        (space(model_args={"choice": [1]}), "name what is to vary inside it, such as model_args.width"),
+        (
+            space(model_args__widht={"choice": [8]}),
+            f"{SEARCH}.model_args.widht: 'toy:build_model' takes no argument 'widht'; did you mean 'width'?",
+        ),
+        (
+            space(data_args__sed={"choice": [8]}),
+            f"{SEARCH}.data_args.sed: 'toy:build_data' takes no argument 'sed'; did you mean 'seed'?",
+        ),
+        (
+            space(optimizer__lr={"logunifrom": [0.1, 1]}),
+            f"{SEARCH}.optimizer.lr: unknown dimension 'logunifrom'; did you mean 'loguniform'?",
+        ),
+        (space(optimizer__lr=[0.1, 1]), f"{SEARCH}.optimizer.lr: [0.1, 1] is a list; write {{choice: [0.1, 1]}}"),
+        (
+            space(optimizer__lr={"uniform": [1, 0.1]}),
+            f"{SEARCH}.optimizer.lr.uniform: the range [1, 0.1] is reversed",
+        ),
+        (
+            space(optimizer__lr={"uniform": [0.1, 0.1]}),
+            f"{SEARCH}.optimizer.lr.uniform: the range [0.1, 0.1] is empty",
+        ),
+        (space(optimizer__lr={"uniform": [0.1]}), f"{SEARCH}.optimizer.lr.uniform: [0.1] is not a range"),
+        (space(optimizer__lr={"uniform": ["a", 1]}), f"{SEARCH}.optimizer.lr.uniform: 'a' is not a number"),
+        (space(batch_size={"randint": [1, 2.5]}), f"{SEARCH}.batch_size.randint: 2.5 is not a whole number"),
+        (space(batch_size={"choice": []}), f"{SEARCH}.batch_size.choice: [] offers nothing to choose from"),
+        (
+            space(optimizer__lr={"loguniform": [0, 0.1]}),
+            f"{SEARCH}.optimizer.lr.loguniform: the logarithm needs a low end above zero, not 0",
+        ),
+        (space(batch_size={"choice": [32, -1]}), f"{SEARCH}.batch_size: input should be greater than or equal to 1"),
+        (
+            space(batch_size={"randint": [-5, 64]}),
+            f"{SEARCH}.batch_size: input should be greater than or equal to 1, not -5",
+        ),
+        (
+            space(batch_size={"uniform": [16, 64]}),
+            f"{SEARCH}.batch_size: input should be a valid integer, not 16.0",
+        ),
+        (
+            space(optimizer__lr={"uniform": [-0.5, 1]}),
+            f"{SEARCH}.optimizer.lr: input should be greater than 0, not -0.5",
+        ),
+        (
+            space(optimizer__name={"choice": ["sgd", "adamm"]}),
+            f"{SEARCH}.optimizer.name: unknown optimizer 'adamm'; did you mean 'adam'?",
+        ),
+        (
+            space(optimizer__name="adamm", batch_size={"choice": [16]}),
+            f"{SEARCH}.optimizer.name: unknown optimizer 'adamm'",
+        ),
+        (
+            space(optimizer__name={"choice": ["adam", {"value": "sgd", "space": {"optimizer.momentun": 0.9}}]}),
+            f"{SEARCH}.optimizer.momentun: not a field of the train config: unknown field 'momentun'; did you mean",
+        ),
+        (
+            space(optimizer__name={"choice": ["adam", {"value": "adamw", "space": {"optimizer.momentum": 0.9}}]}),
+            f"{SEARCH}.optimizer: adamw takes no 'momentum'",
+        ),
+        (
+            space(optimizer__name={"choice": ["adam", {"value": "sgd", "spce": {"optimizer.momentum": 0.9}}]}),
+            f"{SEARCH}.optimizer.name.choice[1]: unknown field 'spce' beside 'value'; did you mean 'space'?",
+        ),
+        (
+            {"stages/search/config/algorithm": "grid", "stages/search/config/trials": ...},
+            f"{SEARCH}.optimizer.lr: loguniform has no end of values; a grid needs `grid`, `choice` or `randint`",
+        ),
+        (
+            {"stages/search/config/algorithm": "grid", **space(batch_size={"choice": [16, 32]})},
+            "stages[0] (search).config.trials: a grid runs each of its 2 points, not 4; leave it out",
+        ),
+        (
+            {"stages/search/config/algorithm": "bayes"},
+            "'bayes' is not one of grid, random, bayesian, auto; did you mean 'bayesian'?",
+        ),
+    ],
+)
+def test_a_faulty_search_space_is_refused(refusal, changes, expected):
+    assert expected in str(refusal(changes))
+
+
+def test_every_end_of_a_conditional_space_is_tried_but_not_what_can_never_meet(toy, change):
+    options = ["adam", {"value": "sgd", "space": {"optimizer.momentum": {"uniform": [0.0, 0.99]}}}]
+    plan(load_pipeline(toy.write(change(toy.document, space(optimizer__name={"choice": options})))))

@@ -1,0 +1,216 @@
+"""What all tests share: one toy task, the command line as a process of its own, and user modules that do not leak."""
+
+import copy
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+TOY = '''\
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+def build_model(width=16, bias=True):
+    return nn.Sequential(
+        nn.Linear(8, width, bias=bias), nn.ReLU(), nn.Linear(width, width, bias=bias), nn.ReLU(), nn.Linear(width, 3)
+    )
+
+
+def build_data(seed=0):
+    """600 points of 8 features in three classes that a plane each tells apart."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(600, 8, generator=generator)
+    targets = (inputs @ torch.randn(8, 3, generator=generator)).argmax(1)
+    parts = {"train": slice(0, 400), "val": slice(400, 500), "test": slice(500, 600)}
+    return {split: TensorDataset(inputs[rows], targets[rows]) for split, rows in parts.items()}
+
+
+def accuracy(outputs, targets):
+    return (outputs.argmax(1) == targets).float().mean().item()
+'''
+
+PIPELINE = yaml.safe_load(
+    """
+    name: toy
+    task: {model: "toy:build_model", data: "toy:build_data", metrics: ["toy:accuracy"]}
+    stages:
+      - name: search
+        uses: tune
+        config:
+          algorithm: bayesian
+          trials: 4
+          space:
+            optimizer.lr: {loguniform: [0.001, 0.1]}
+            model_args.width: {choice: [8, 16]}
+          train: {epochs: 2}
+      - {name: train, uses: train, inputs: {params: search}, config: {epochs: 3}}
+      - name: prune
+        uses: prune
+        inputs: {model: train}
+        matrix: {sparsity: [0.25, 0.5]}
+        config: {finetune_epochs: 1}
+      - {name: student, uses: distill, inputs: {teacher: train}, config: {model_args: {width: 4}, epochs: 2}}
+      - {name: int8, uses: quantize, inputs: {model: [train, prune, student]}}
+      - name: best
+        uses: select
+        inputs: {baseline: train, candidates: [train, prune, student, int8]}
+        config: {max_drop: {val_accuracy: 0.1}}
+    """
+)
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A folder with `toy.py` and `toy.yaml`: every kind of stage on a task that trains in well under a second."""
+
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "toy.yaml"
+
+    @property
+    def module(self) -> Path:
+        return self.folder / "toy.py"
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The standard pipeline as a plain dict: a copy, to be changed and given to `write`."""
+        return copy.deepcopy(PIPELINE)
+
+    def write(self, document: dict[str, Any], name: str = "toy.yaml") -> Path:
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+        return path
+
+
+@pytest.fixture(scope="session")
+def toy_in() -> Callable[[Path], Toy]:
+    """Makes a new folder with the toy task and its standard pipeline, for fixtures that live longer than one test."""
+
+    def make(folder: Path) -> Toy:
+        folder.mkdir()
+        made = Toy(folder)
+        made.module.write_text(TOY)
+        made.write(PIPELINE)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def toy(tmp_path: Path, toy_in: Callable[[Path], Toy]) -> Toy:
+    """A new folder with the toy task and its standard pipeline."""
+    return toy_in(tmp_path / "toy")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The `heliostat` command as a process, with the working directory off the import path as in the real one."""
+
+    folder: Path
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-P", "-m", "heliostat.cli"]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def __call__(
+        self, *arguments: str | Path, cwd: Path | None = None, timeout: float = 300
+    ) -> subprocess.CompletedProcess[str]:
+        """Run to the end, from `cwd` (a temporary folder unless told)."""
+        return subprocess.run(
+            [*self.command, *map(str, arguments)],
+            cwd=cwd or self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def start(self, *arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
+        """Start it in a process group of its own; whoever starts it ends it."""
+        return subprocess.Popen(
+            [*self.command, *map(str, arguments)],
+            cwd=cwd or self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+
+@pytest.fixture(scope="session")
+def heliostat_in() -> Callable[[Path], CommandLine]:
+    """The command line with a given folder as its working directory, for fixtures that live longer than one test."""
+    return CommandLine
+
+
+@pytest.fixture
+def heliostat(tmp_path: Path) -> CommandLine:
+    return CommandLine(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[..., None]:
+    """Waits until a condition holds; fails with `what` after `timeout_s`, or as soon as `unless` holds."""
+
+    def wait(
+        condition: Callable[[], bool], what: str, *, timeout_s: float = 240, unless: Callable[[], bool] | None = None
+    ) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"after {timeout_s:.0f} s: {what}"
+            assert unless is None or not unless(), f"too late: {what}"
+            time.sleep(0.05)
+
+    return wait
+
+
+@pytest.fixture(scope="session")
+def processes_with() -> Callable[[str], list[int]]:
+    """The processes whose environment has a given `NAME=value`: all that a command started, whatever its group."""
+
+    def find(variable: str) -> list[int]:
+        found = []
+        for environment in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                if variable.encode() in environment.read_bytes().split(b"\0"):
+                    found.append(int(environment.parent.name))
+            except OSError:
+                continue  # it ended meanwhile, or is another user's
+        return [pid for pid in found if pid != os.getpid()]
+
+    return find
+
+
+@pytest.fixture(autouse=True)
+def _user_modules_do_not_leak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each test's `toy` is its own: modules from temporary folders are forgotten, and so is the import path."""
+    path = list(sys.path)
+    yield
+    sys.path[:] = path
+    temporary = tmp_path_factory.getbasetemp()
+    for name, module in list(sys.modules.items()):
+        if _is_in(module, temporary):
+            del sys.modules[name]
+
+
+def _is_in(module: ModuleType, folder: Path) -> bool:
+    file = getattr(module, "__file__", None)
+    return isinstance(file, str) and Path(file).is_relative_to(folder)

@@ -1,0 +1,266 @@
+"""The user's own training loop and own stages, and what happens to a run when the user's code fails."""
+
+import json
+
+import pytest
+
+MODULE = '''
+import time
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from heliostat.core.model import Spec
+from heliostat.core.stage import StageResult, stage
+from toy import build_data, build_model
+
+
+def train_fn(context, config):
+    """Plain SGD; a width of 3 is refused and one of 5 diverges."""
+    width = config.model_args["width"]
+    if width == 3:
+        raise ValueError("no net is 3 wide")
+    model, data = build_model(**config.model_args), build_data(**config.data_args)
+    model, loader = context.prepare(model, DataLoader(data["train"], batch_size=config.batch_size, shuffle=True))
+    optimizer = torch.optim.SGD(model.parameters(), lr=config.optimizer.lr)
+    for _ in range(config.epochs):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+        inputs, targets = data["val"].tensors
+        with torch.no_grad():
+            outputs = model(inputs)
+        figures = {
+            "val_loss": float("nan") if width == 5 else cross_entropy(outputs, targets).item(),
+            "val_accuracy": (outputs.argmax(1) == targets).float().mean().item(),
+            "val_mine": float(context.world_size),
+        }
+        context.report(figures, checkpoint=model.state_dict())
+
+
+class ScaleConfig(Spec):
+    factor: float = 1.0
+    seconds: float = 0.0
+
+
+@stage("scale", inputs={"model": "model"}, output="model")
+def scale(context, config: ScaleConfig) -> StageResult:
+    """Multiplies the last layer: the decisions stay as they are."""
+    from heliostat.stages.models import save_trained, torch_model, train_config_of
+
+    source = context.one("model")
+    model = torch_model(source)
+    with torch.no_grad():
+        model[-1].weight.mul_(config.factor)
+        model[-1].bias.mul_(config.factor)
+    started = time.time()
+    time.sleep(config.seconds)
+    files = save_trained(context, model, config=train_config_of(source))
+    return StageResult(
+        files=files, params=source.record.params, details={"interval": [started, time.time()], "factor": config.factor}
+    )
+
+
+class CountConfig(Spec):
+    unit: str = "layers"
+
+
+@stage("count", inputs={"models": "model*"}, output="counted")
+def count(context, config: CountConfig) -> StageResult:
+    names = [artifact.node for artifact in context.inputs["models"]]
+    (context.folder / "counted.txt").write_text("\\n".join(names))
+    return StageResult(files=["counted.txt"], metrics={"models": len(names)}, params={"unit": config.unit})
+
+
+@stage("fail", inputs={"model": "model?"}, output="model")
+def fail(context, config: CountConfig) -> StageResult:
+    raise RuntimeError(f"cannot count {config.unit}")
+
+
+@stage("note", output="text")
+def note(context, config: CountConfig) -> StageResult:
+    (context.folder / "note.txt").write_text(config.unit)
+    return StageResult(files=["note.txt"])
+'''
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory, toy_in, heliostat_in):
+    """A run with an own loop, a search in which two of four trials are bad, and own stages; its folder and outcome."""
+    toy = toy_in(tmp_path_factory.mktemp("own") / "toy")
+    (toy.folder / "mine.py").write_text(MODULE)
+    toy.write(
+        {
+            "name": "own",
+            "task": {
+                "model": "toy:build_model",
+                "data": "toy:build_data",
+                "metrics": ["toy:accuracy"],
+                "train_fn": "mine:train_fn",
+            },
+            "stages": [
+                {
+                    "name": "search",
+                    "uses": "tune",
+                    "config": {
+                        "algorithm": "grid",
+                        "space": {"model_args.width": {"grid": [3, 5, 8, 16]}},
+                        "objective": {"metric": "val_loss"},
+                        "train": {"epochs": 2, "optimizer": {"name": "sgd", "lr": 0.1}},
+                    },
+                },
+                {
+                    "name": "train",
+                    "uses": "train",
+                    "inputs": {"params": "search"},
+                    "config": {"epochs": 3, "optimizer": {"name": "sgd", "lr": 0.1}},
+                },
+                {
+                    "name": "scaled",
+                    "uses": "mine:scale",
+                    "inputs": {"model": "train"},
+                    "matrix": {"factor": [2.0, 3.0]},
+                    "config": {"seconds": 3.0},
+                },
+                {"name": "counted", "uses": "mine:count", "inputs": {"models": ["train", "scaled"]}},
+                {
+                    "name": "best",
+                    "uses": "select",
+                    "inputs": {"baseline": "train", "candidates": ["train", "scaled"]},
+                    "config": {"max_drop": {"val_accuracy": 0.0}},
+                },
+            ],
+        }
+    )
+    done = heliostat_in(toy.folder)("run", "toy.yaml", "--json", timeout=500)
+    assert done.returncode == 0, done.stderr
+    nodes = {node["name"]: node for node in json.loads(done.stdout)["nodes"]}
+    return {name: record_of(node) for name, node in nodes.items()}
+
+
+def record_of(node):
+    from pathlib import Path
+
+    return json.loads((Path(node["path"]) / "record.json").read_text()) | {"folder": Path(node["path"])}
+
+
+def test_a_trial_that_raises_or_is_not_a_number_is_a_state_and_the_search_goes_on(own):
+    trials = {
+        t["params"]["model_args.width"]: t for t in json.loads((own["search"]["folder"] / "trials.json").read_text())
+    }
+    assert {width: trial["status"] for width, trial in trials.items()} == {
+        3: "failed",
+        5: "failed",
+        8: "done",
+        16: "done",
+    }
+    assert trials[3]["reason"].startswith("ValueError: no net is 3 wide")
+    assert "train_fn" in trials[3]["reason"]
+    assert trials[5]["reason"] == "val_loss is not a number at epoch 1"
+    assert own["search"]["details"]["trials"] == {"done": 2, "stopped": 0, "failed": 2}
+    assert own["search"]["params"]["model_args.width"] in (8, 16)
+
+
+def test_an_own_loop_trains_what_the_search_found_and_its_own_metrics_are_kept(own):
+    train = own["train"]
+    assert train["params"]["train"]["model_args"] == {"width": own["search"]["params"]["model_args.width"]}
+    assert len(train["details"]["history"]) == 3
+    assert train["metrics"]["val_mine"] == 1
+    assert train["metrics"]["test_accuracy"] > 0.4
+
+
+def test_an_own_stage_that_makes_models_is_measured_and_may_be_chosen_like_any_other(own):
+    two, three = own["scaled[factor=2.0]"], own["scaled[factor=3.0]"]
+    assert two["details"]["factor"] == 2
+    for scaled in (two, three):
+        assert scaled["metrics"]["val_accuracy"] == own["train"]["metrics"]["val_accuracy"]
+        assert scaled["metrics"]["latency_ms"] > 0
+        assert scaled["identity"]["sources"].keys() == {"mine.py", "toy.py"}
+    assert len(own["best"]["details"]["table"]) == 3
+
+
+def test_independent_nodes_run_side_by_side(own):
+    intervals = [own[f"scaled[factor={factor}]"]["details"]["interval"] for factor in (2.0, 3.0)]
+    assert max(start for start, _ in intervals) < min(end for _, end in intervals)
+
+
+def test_an_own_kind_of_artifact_is_recorded(own):
+    counted = own["counted"]
+    assert (counted["kind"], counted["metrics"], counted["params"]) == ("counted", {"models": 3}, {"unit": "layers"})
+    listed = (counted["folder"] / "counted.txt").read_text().split()
+    assert listed == ["train", "scaled[factor=2.0]", "scaled[factor=3.0]"]
+
+
+# --- failures ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def failing(tmp_path_factory, toy_in, heliostat_in):
+    """A search without a good trial, a training that needs it, a stage that fails, and a branch of its own."""
+    toy = toy_in(tmp_path_factory.mktemp("failing") / "toy")
+    (toy.folder / "mine.py").write_text(MODULE)
+    search = {
+        "algorithm": "grid",
+        "space": {"model_args.width": {"grid": [3, 5]}, "optimizer.lr": {"grid": [0.1, 0.2]}},
+        "objective": {"metric": "val_loss"},
+        "train": {"epochs": 1},
+    }
+    document = toy.document
+    document["task"]["train_fn"] = "mine:train_fn"
+    document["stages"] = [
+        {"name": "note", "uses": "mine:note", "config": {"unit": "done beside it"}},
+        {"name": "bad", "uses": "mine:fail", "config": {"unit": "sheep"}},
+        {"name": "search", "uses": "tune", "config": search},
+        {"name": "train", "uses": "train", "inputs": {"params": "search"}},
+        {"name": "int8", "uses": "quantize", "inputs": {"model": "train"}},
+    ]
+    toy.write(document)
+    return heliostat_in(toy.folder)("run", "toy.yaml", "--json", timeout=500)
+
+
+def nodes_of(process):
+    return {node["name"]: node for node in json.loads(process.stdout)["nodes"]}
+
+
+def test_a_failure_stops_what_depends_on_it_and_nothing_else(failing):
+    document = json.loads(failing.stdout)
+    assert (failing.returncode, document["status"], document["selected"]) == (1, "failed", None)
+    states = {name: node["status"] for name, node in nodes_of(failing).items()}
+    assert states == {"note": "ran", "bad": "failed", "search": "failed", "train": "skipped", "int8": "skipped"}
+    assert nodes_of(failing)["int8"]["error"] == "needs train"
+
+
+def test_when_all_trials_fail_the_commonest_reason_comes_first(failing):
+    error = nodes_of(failing)["search"]["error"]
+    first, reasons = error.split("\n", 1)
+    assert first == "all 4 trials failed"
+    assert reasons.startswith("2 of 4: ")
+    assert "ValueError: no net is 3 wide" in reasons
+    assert "2 of 4: val_loss is not a number at epoch 1" in reasons
+
+
+def test_a_failed_stage_shows_the_users_own_traceback(failing):
+    error = nodes_of(failing)["bad"]["error"]
+    assert error.startswith("RuntimeError: cannot count sheep")
+    assert 'mine.py", line' in error
+    assert "runtime/tasks.py" not in error
+    assert error.partition("\n")[0] in failing.stderr
+
+
+def test_failures_are_in_the_history(failing):
+    from heliostat.tracking import quiet
+
+    quiet.silence()
+    import mlflow
+
+    client = mlflow.MlflowClient(json.loads(failing.stdout)["tracking"]["uri"])
+    experiment = client.get_experiment_by_name("toy")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert runs["toy"].info.status == runs["bad"].info.status == runs["search"].info.status == "FAILED"
+    assert runs["note"].info.status == "FINISHED"
+    assert runs["bad"].data.tags["heliostat.error"] == "RuntimeError: cannot count sheep"
+    assert [runs[trial].info.status for trial in ("0001", "0002", "0003", "0004")] == ["FAILED"] * 4
+    assert not {"train", "int8"} & runs.keys()

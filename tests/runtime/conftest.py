@@ -1,0 +1,93 @@
+"""One embedded Ray for all tests here, and the reporter and the toy task that they share."""
+
+import textwrap
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heliostat.core.spec import Task
+from heliostat.runtime import session
+
+TOY = """
+    import os, signal, time
+    import torch
+    from torch import nn
+    from torch.utils.data import TensorDataset
+
+    def build_model(width=4, fail=None, sleep_s=0.0):
+        if fail == "raise":
+            raise ValueError(f"no net is {width} wide")
+        if fail == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(sleep_s)
+        return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def build_data():
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(96, 4, generator=generator)
+        targets = (inputs.sum(1) > 0).long()
+        splits = zip(("train", "val", "test"), inputs.split(32), targets.split(32))
+        return {name: TensorDataset(x, y) for name, x, y in splits}
+
+    def accuracy(outputs, targets):
+        return (outputs.argmax(1) == targets).float().mean().item()
+
+    def pid(outputs, targets):
+        return float(os.getpid())
+
+    def threads(outputs, targets):
+        return float(torch.get_num_threads())
+
+    def not_a_number(outputs, targets):
+        return float("nan")
+"""
+
+
+class RecordingReporter:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str | None, list[tuple[int, dict[str, float]]]] = defaultdict(list)
+        self.started: list[str] = []
+        self.ended: dict[str, tuple[str, str | None]] = {}
+        self.on_row = threading.Event()
+
+    def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None:
+        self.rows[trial].append((step, dict(values)))
+        self.on_row.set()
+
+    def trial_started(self, trial: str, params: Mapping[str, Any]) -> None:
+        self.started.append(trial)
+
+    def trial_ended(self, trial: str, status: str, *, metrics: Mapping[str, float], reason: str | None = None) -> None:
+        self.ended[trial] = (status, reason)
+
+    def progress(self, **fields: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("project")
+    (folder / "toy.py").write_text(textwrap.dedent(TOY))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ray_session(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[session.Session]:
+    with session.start(log=tmp_path_factory.mktemp("log") / "ray.log", root=root, num_cpus=2) as live:
+        yield live
+
+
+@pytest.fixture
+def task() -> Task:
+    return Task(model="toy:build_model", data="toy:build_data", metrics=["toy:accuracy"])
+
+
+@pytest.fixture
+def reporter() -> RecordingReporter:
+    return RecordingReporter()

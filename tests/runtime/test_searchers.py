@@ -1,0 +1,108 @@
+import json
+
+import pytest
+
+from heliostat.core.space import Space
+from heliostat.runtime.journal import TrialRecord
+from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
+from heliostat.runtime.searchers import make_engine
+
+SPACE = Space.parse(
+    {
+        "optimizer.lr": {"loguniform": [1e-4, 1e-1]},
+        "scheduler.warmup_epochs": {"uniform": [0.0, 2.0]},
+        "model_args.width": {"randint": [4, 9]},
+        "model_args.only": {"randint": [3, 4]},
+        "model_args.layers": {"choice": [[8, 8], {"wide": [1]}, None, {}]},
+        "optimizer.name": {
+            "choice": ["adam", {"value": "sgd", "space": {"optimizer.momentum": {"uniform": [0.0, 0.9]}}}]
+        },
+        "model_args.bias": True,
+    }
+)
+
+
+def value(params: dict) -> float:
+    return params["optimizer.lr"] * params["model_args.width"]
+
+
+@pytest.mark.parametrize("algorithm", ["random", "bayesian"])
+def test_parameters_lie_in_the_space_and_options_come_back_as_written(algorithm):
+    engine = make_engine(algorithm, space=SPACE, mode="min", seed=1, trials=30)
+    seen = []
+    for trial in map(str, range(40)):
+        params = engine.suggest(trial)
+        engine.observe(trial, value(params))
+        assert 1e-4 <= params["optimizer.lr"] <= 1e-1
+        assert params["model_args.width"] in range(4, 9)
+        assert type(params["model_args.width"]) is int
+        assert params["model_args.only"] == 3
+        assert params["model_args.bias"] is True
+        assert ("optimizer.momentum" in params) == (params["optimizer.name"] == "sgd")
+        json.dumps(params)
+        seen.append(params["model_args.layers"])
+    assert all(option in seen for option in ([8, 8], {"wide": [1]}, None, {}))
+
+
+@pytest.mark.parametrize("algorithm", ["random", "bayesian"])
+def test_a_fresh_engine_led_through_the_past_suggests_what_the_first_would_have(algorithm):
+    def make():
+        return make_engine(algorithm, space=SPACE, mode="max", seed=3, trials=12)
+
+    first, past = make(), []
+    for trial in map(str, range(12)):
+        params = first.suggest(trial)
+        outcome = None if trial == "5" else value(params)
+        first.observe(trial, outcome)
+        past.append((trial, params, outcome))
+
+    again = make()
+    for trial, params, outcome in past[:8]:
+        assert again.suggest(trial) == params
+        again.observe(trial, outcome)
+    for trial, params, outcome in past[8:]:
+        assert again.suggest(trial) == params
+        again.observe(trial, outcome)
+
+
+def test_bayesian_search_learns_where_to_look():
+    space = Space.parse({"x": {"uniform": [-5.0, 5.0]}, "y": {"uniform": [-5.0, 5.0]}})
+
+    def late(algorithm: str, seed: int) -> float:
+        engine, found = make_engine(algorithm, space=space, mode="min", seed=seed, trials=40), []
+        for trial in map(str, range(40)):
+            point = engine.suggest(trial)
+            found.append((point["x"] - 1) ** 2 + (point["y"] + 2) ** 2)
+            engine.observe(trial, found[-1])
+        return sum(found[20:]) / 20
+
+    assert all(late("bayesian", seed) < 0.8 * late("random", seed) for seed in range(3))
+
+
+def test_grid_search_tries_every_point_once_and_ends():
+    space = Space.parse({"a": {"grid": [1, 2]}, "b": {"choice": ["x", "y", "z"]}})
+    engine = make_engine("grid", space=space, mode="max", seed=0, trials=99)
+    points = [engine.suggest(str(i)) for i in range(7)]
+    assert points[:6] == [{"a": a, "b": b} for a in (1, 2) for b in "xyz"]
+    assert points[6] is None
+
+
+def test_bayesian_search_of_constants_alone_suggests_them():
+    engine = make_engine("bayesian", space=Space.parse({"a": 1}), mode="max", seed=0, trials=2)
+    assert engine.suggest("1") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("grace", "factor", "epochs", "expected"),
+    [(1, 3, 9, [1, 3, 9]), (2, 2, 9, [2, 4, 8]), (5, 3, 4, [4]), (1, 10, 1000, [1, 10, 100, 1000])],
+)
+def test_rungs_are_epochs_that_grow_by_the_reduction_factor(grace, factor, epochs, expected):
+    assert rungs(AshaSettings(grace, factor), epochs=epochs) == expected
+
+
+def test_a_scheduler_that_remembers_stops_what_one_that_saw_it_all_would_stop():
+    scheduler = Asha(AshaSettings(1, 2), epochs=4, mode="max")
+    history = [(1, {"acc": 0.9}), (2, {"acc": 0.95}), (3, {"acc": 0.95}), (4, {"acc": 0.96})]
+    scheduler.remember([TrialRecord("0001", {}, "done", {}, 4, None, 0.0, history)], rungs=[1, 2, 4], metric="acc")
+    (bracket,) = scheduler._brackets
+    assert {epoch: list(shown.values()) for epoch, shown in bracket._rungs} == {1: [0.9], 2: [0.95], 4: [0.96]}

@@ -1,0 +1,84 @@
+import threading
+
+import pytest
+
+from heliostat.core.spec import Resources
+from heliostat.errors import StageError
+from heliostat.runtime.trainer import train_workers
+from heliostat.training.checkpoints import Checkpoints
+from heliostat.training.config import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture
+def train(task, root, tmp_path, reporter):
+    def train(workers=1, retries=0, cancel=None, **config):
+        return train_workers(
+            task,
+            TrainConfig(**{"epochs": 2, "batch_size": 16} | config),
+            resources=Resources(workers=workers),
+            seed=0,
+            root=root,
+            folder=tmp_path,
+            reporter=reporter,
+            cancel=cancel or threading.Event(),
+            retries=retries,
+        )
+
+    return train
+
+
+def losses(reporter):
+    return [row["val_loss"] for _, row in reporter.rows[None]]
+
+
+def test_one_worker_trains_in_place_and_leaves_checkpoints(train, reporter, tmp_path):
+    fit = train()
+    assert [epoch for epoch, _ in reporter.rows[None]] == [1, 2]
+    assert [row["val_loss"] for row in fit.history] == losses(reporter)
+    assert Checkpoints(tmp_path / "checkpoints").latest() is not None
+
+
+def test_training_goes_on_from_the_last_checkpoint(train, reporter):
+    train(epochs=2)
+    assert train(epochs=4).epochs == 4
+    assert [epoch for epoch, _ in reporter.rows[None]] == [1, 2, 3, 4]
+
+
+def test_the_users_error_comes_back_as_its_own_text(train):
+    with pytest.raises(StageError, match=r"^ValueError: no net is 4 wide"):
+        train(model_args={"fail": "raise"})
+
+
+def test_two_workers_follow_the_curve_of_one(train, reporter, tmp_path):
+    together = train(workers=2, optimizer={"name": "sgd", "lr": 0.1})
+    assert [epoch for epoch, _ in reporter.rows[None]] == [1, 2]
+    assert losses(reporter) == pytest.approx([row["val_loss"] for row in together.history])
+    for file in (tmp_path / "checkpoints").iterdir():
+        file.unlink()
+    alone = train(optimizer={"name": "sgd", "lr": 0.1})
+    assert [row["val_loss"] for row in together.history] == pytest.approx(
+        [row["val_loss"] for row in alone.history], abs=1e-4
+    )
+    assert together.state.keys() == alone.state.keys()
+
+
+@pytest.mark.slow
+def test_the_users_error_in_one_of_several_workers_comes_back_as_its_own_text(train):
+    with pytest.raises(StageError, match=r"^ValueError: no net is 4 wide"):
+        train(workers=2, model_args={"fail": "raise"})
+
+
+@pytest.mark.slow
+def test_workers_that_are_killed_are_told_as_such(train):
+    with pytest.raises(StageError, match=r"worker \d: its process was killed or crashed"):
+        train(workers=2, model_args={"fail": "kill"})
+
+
+@pytest.mark.slow
+def test_several_workers_stop_when_told_to(train, reporter):
+    cancel = threading.Event()
+    threading.Thread(target=lambda: (reporter.on_row.wait(120), cancel.set())).start()
+    with pytest.raises(KeyboardInterrupt):
+        train(workers=2, cancel=cancel, epochs=10_000)

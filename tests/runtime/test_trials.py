@@ -1,0 +1,225 @@
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from heliostat.core.space import Space
+from heliostat.core.spec import Resources, Task
+from heliostat.errors import ResourceError, StageError
+from heliostat.runtime.ledger import trial_seed
+from heliostat.runtime.scheduling import AshaSettings
+from heliostat.runtime.trials import search
+from heliostat.training.config import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+ONE_AT_A_TIME = Resources(max_concurrent_trials=1)
+SPACE = {"optimizer.lr": {"loguniform": [1e-3, 1e-1]}, "model_args.width": {"choice": [2, 4, 8]}}
+
+
+@pytest.fixture
+def run(task, root, tmp_path, reporter):
+    def run(**changes):
+        settings = {
+            "space": Space.parse(changes.pop("space", SPACE)),
+            "algorithm": "random",
+            "trials": 4,
+            "train": TrainConfig(epochs=2, batch_size=16),
+            "objective": ("val_loss", "min"),
+            "scheduler": None,
+            "seed": 0,
+            "resources": Resources(),
+            "root": root,
+            "folder": tmp_path,
+            "reporter": reporter,
+            "cancel": threading.Event(),
+        }
+        return search(changes.pop("task", task), **(settings | changes))
+
+    return run
+
+
+@pytest.fixture
+def with_metric(task):
+    return lambda reference: Task(**task.model_dump() | {"metrics": [reference]})
+
+
+def events(folder, kind):
+    lines = (folder / "journal.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+@pytest.mark.parametrize("algorithm", ["random", "bayesian"])
+def test_every_trial_is_trained_reported_and_the_best_is_chosen(run, reporter, algorithm):
+    outcome = run(algorithm=algorithm)
+    assert [trial.id for trial in outcome.trials] == ["0001", "0002", "0003", "0004"] == sorted(reporter.started)
+    assert all(trial.status == "done" and trial.epochs == 2 for trial in outcome.trials)
+    assert outcome.best.metrics["val_loss"] == min(row["val_loss"] for t in outcome.trials for _, row in t.history)
+    for trial in outcome.trials:
+        assert [epoch for epoch, _ in reporter.rows[trial.id]] == [1, 2]
+        assert reporter.ended[trial.id] == ("done", None)
+
+
+def test_grid_search_runs_each_point(run):
+    outcome = run(algorithm="grid", space={"model_args.width": {"grid": [2, 4, 8]}}, trials=10)
+    assert [trial.params["model_args.width"] for trial in outcome.trials] == [2, 4, 8]
+
+
+def test_a_trial_gives_the_same_figures_whatever_ran_in_its_process_before(run, tmp_path):
+    space = {"model_args.width": {"grid": [2, 4, 8]}}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    once = run(algorithm="grid", space=space, folder=tmp_path / "a", resources=ONE_AT_A_TIME)
+    reversed_space = {"model_args.width": {"grid": [8, 4, 2]}}
+    again = run(algorithm="grid", space=reversed_space, folder=tmp_path / "b", resources=ONE_AT_A_TIME)
+    (first,) = (t for t in once.trials if t.id == "0002")
+    (second,) = (t for t in again.trials if t.id == "0002")
+    assert first.params == second.params
+    assert [row["val_loss"] for _, row in first.history] == [row["val_loss"] for _, row in second.history]
+
+
+def test_a_trial_that_raises_is_a_state_with_its_traceback_and_its_process_goes_on(run, reporter):
+    outcome = run(algorithm="grid", space={"model_args.fail": {"grid": [None, "raise", None]}, "model_args.width": 5})
+    assert [trial.status for trial in outcome.trials] == ["done", "failed", "done"]
+    reason = outcome.trials[1].reason
+    assert reason.startswith("ValueError: no net is 5 wide")
+    assert "toy.py" in reason
+    assert "trial_actor" not in reason
+    assert reporter.ended["0002"] == ("failed", reason)
+
+
+def test_a_trial_whose_objective_is_not_a_number_has_failed(run, with_metric):
+    with pytest.raises(StageError, match=r"all 2 trials failed\n2 of 2: val_not_a_number is not a number at epoch 1"):
+        run(task=with_metric("toy:not_a_number"), objective=("val_not_a_number", "max"), trials=2)
+
+
+def test_an_objective_that_nobody_reports_is_named_with_what_is_reported(run):
+    with pytest.raises(StageError, match=r"nothing reports 'val_f1'; what is reported: .*val_accuracy"):
+        run(objective=("val_f1", "max"), trials=1)
+
+
+def test_a_killed_process_is_a_failed_trial_and_the_search_goes_on(run):
+    outcome = run(algorithm="grid", space={"model_args.fail": {"grid": ["kill", None]}}, resources=ONE_AT_A_TIME)
+    assert [trial.status for trial in outcome.trials] == ["failed", "done"]
+    assert "killed or crashed" in outcome.trials[0].reason
+
+
+def test_parameters_that_make_no_config_fail_their_trial_alone(run):
+    outcome = run(algorithm="grid", space={"batch_size": {"grid": [16, -1]}})
+    assert [trial.status for trial in outcome.trials] == ["done", "failed"]
+    assert "batch_size" in outcome.trials[1].reason
+
+
+def test_asha_stops_trials_that_fall_behind(run, reporter):
+    outcome = run(
+        algorithm="grid",
+        space={"optimizer.lr": {"grid": [0.05, 1e-9, 1e-9, 1e-9]}},
+        train=TrainConfig(epochs=4, batch_size=8),
+        scheduler=AshaSettings(1, 2),
+        resources=ONE_AT_A_TIME,
+    )
+    assert outcome.trials[0].status == "done"
+    stopped = [trial for trial in outcome.trials if trial.status == "stopped"]
+    assert stopped
+    assert all(trial.epochs < 4 for trial in stopped)
+    assert {reporter.ended[trial.id][0] for trial in stopped} == {"stopped"}
+
+
+def test_rows_arrive_while_a_long_trial_still_runs(run, reporter):
+    slow = TrainConfig(epochs=400, batch_size=1)
+    cancel = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        searching = pool.submit(run, train=slow, trials=1, cancel=cancel)
+        assert reporter.on_row.wait(60)
+        assert not reporter.ended
+        cancel.set()
+        assert isinstance(searching.exception(timeout=20), KeyboardInterrupt)
+
+
+@pytest.mark.parametrize("scheduler", [None, AshaSettings(1, 2)])
+def test_an_interrupted_search_makes_the_suggestions_of_an_uninterrupted_one(run, tmp_path, scheduler):
+    settings = {
+        "algorithm": "bayesian",
+        "trials": 8,
+        "scheduler": scheduler,
+        "resources": ONE_AT_A_TIME,
+        "train": TrainConfig(epochs=4, batch_size=16),
+    }
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "torn").mkdir()
+    whole = run(**settings, folder=tmp_path / "whole")
+    journal = (tmp_path / "whole" / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    ends = [i for i, line in enumerate(journal) if b'"ended"' in line]
+    cut = ends[4] + 2  # five trials ended, the sixth was suggested
+    (tmp_path / "torn" / "journal.jsonl").write_bytes(b"".join(journal[:cut]) + journal[cut][:10])
+
+    resumed = run(**settings, folder=tmp_path / "torn")
+
+    assert [(t.id, t.params, t.status, t.epochs) for t in resumed.trials] == [
+        (t.id, t.params, t.status, t.epochs) for t in whole.trials
+    ]
+    assert resumed.best.id == whole.best.id
+    assert [event["id"] for event in events(tmp_path / "torn", "restarted")] == ["0006"]
+    assert len(events(tmp_path / "torn", "ended")) == 8
+
+
+def test_a_finished_search_is_not_run_again(run, reporter):
+    first = run()
+    reporter.started.clear()
+    assert run() == first
+    assert reporter.started == []
+
+
+def test_interrupting_leaves_a_journal_that_the_search_goes_on_from(run, tmp_path, reporter):
+    cancel = threading.Event()
+    slow = {"model_args.sleep_s": {"grid": [0.0, 600.0]}}
+    threading.Thread(target=lambda: (reporter.on_row.wait(60), time.sleep(0.5), cancel.set())).start()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(algorithm="grid", space=slow, cancel=cancel, resources=ONE_AT_A_TIME)
+    assert time.monotonic() - started < 60
+    assert [event["id"] for event in events(tmp_path, "ended")] == ["0001"]
+    assert [event["id"] for event in events(tmp_path, "suggested")] == ["0001", "0002"]
+
+
+def test_a_trial_that_never_fits_is_refused(run):
+    with pytest.raises(ResourceError, match=r"3 worker\(s\) of 1 CPUs .* the cluster has 2 CPUs"):
+        run(resources=Resources(workers_per_trial=3))
+
+
+def test_a_trial_computes_with_the_threads_that_it_was_given(run, task, root):
+    (root / "threads.py").write_text(
+        "import torch\ndef threads(outputs, targets):\n    return float(torch.get_num_threads())\n"
+    )
+    counted = Task(**{**task.model_dump(), "metrics": ["threads:threads"]})
+    outcome = run(task=counted, trials=1, resources=Resources(cpus_per_worker=2))
+    assert outcome.best.metrics["val_threads"] == 2
+
+
+def test_trials_have_seeds_of_their_own():
+    assert len({trial_seed(0, f"{i:04d}") for i in range(100)} | {trial_seed(1, "0001")}) == 101
+
+
+@pytest.mark.slow
+def test_a_trial_of_several_workers_trains_through_ray_train(run, reporter):
+    outcome = run(trials=2, resources=Resources(workers_per_trial=2), scheduler=AshaSettings(1, 2))
+    assert outcome.trials[0].status == "done"
+    assert [epoch for epoch, _ in reporter.rows["0001"]] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_from_outside_costs_its_trial_alone(run, with_metric, reporter):
+    def kill() -> None:
+        reporter.on_row.wait(60)
+        ((_, row),) = reporter.rows["0001"][:1]
+        os.kill(int(row["val_pid"]), signal.SIGKILL)
+
+    threading.Thread(target=kill).start()
+    outcome = run(
+        task=with_metric("toy:pid"), trials=3, train=TrainConfig(epochs=300, batch_size=1), resources=ONE_AT_A_TIME
+    )
+    assert [trial.status for trial in outcome.trials] == ["failed", "done", "done"]
