@@ -301,7 +301,11 @@ def validate(file: ClusterFile) -> None:
     """Check a cluster file against Ray's own schema. Needs no cloud account."""
     from heliostat.runtime.cluster_files import validate as check
 
-    typer.echo(check(file).describe())
+    summary = check(file)
+    workers = f"{summary.min_workers} to {summary.max_workers} workers"
+    typer.echo(f"{file}: valid {summary.kind} file for {summary.provider}, {workers}")
+    for warning in summary.warnings:
+        typer.echo(f"warning: {warning}")
 
 
 @cluster_app.command()

@@ -1,6 +1,7 @@
 """The user's own training loop and own stages, and what happens to a run when the user's code fails."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -78,73 +79,61 @@ def count(context, config: CountConfig) -> StageResult:
 @stage("fail", inputs={"model": "model?"}, output="model")
 def fail(context, config: CountConfig) -> StageResult:
     raise RuntimeError(f"cannot count {config.unit}")
-
-
-@stage("note", output="text")
-def note(context, config: CountConfig) -> StageResult:
-    (context.folder / "note.txt").write_text(config.unit)
-    return StageResult(files=["note.txt"])
 '''
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory, toy_in, heliostat_in):
-    """A run with an own loop, a search in which two of four trials are bad, and own stages; its folder and outcome."""
+def outcome(tmp_path_factory, toy_in, heliostat_in):
+    """A run with an own loop and own stages, in which some trials, a whole search and a stage are bad: its process."""
     toy = toy_in(tmp_path_factory.mktemp("own") / "toy")
     (toy.folder / "mine.py").write_text(MODULE)
-    toy.write(
+    training = {"optimizer": {"name": "sgd", "lr": 0.1}}
+    searching = {"algorithm": "grid", "objective": {"metric": "val_loss"}}
+    some_bad = {"model_args.width": {"grid": [3, 5, 8, 16]}}
+    all_bad = {"model_args.width": {"grid": [3, 5]}, "optimizer.weight_decay": {"grid": [0.0, 0.1]}}
+    document = toy.document
+    document["task"]["train_fn"] = "mine:train_fn"
+    document["stages"] = [
         {
-            "name": "own",
-            "task": {
-                "model": "toy:build_model",
-                "data": "toy:build_data",
-                "metrics": ["toy:accuracy"],
-                "train_fn": "mine:train_fn",
-            },
-            "stages": [
-                {
-                    "name": "search",
-                    "uses": "tune",
-                    "config": {
-                        "algorithm": "grid",
-                        "space": {"model_args.width": {"grid": [3, 5, 8, 16]}},
-                        "objective": {"metric": "val_loss"},
-                        "train": {"epochs": 2, "optimizer": {"name": "sgd", "lr": 0.1}},
-                    },
-                },
-                {
-                    "name": "train",
-                    "uses": "train",
-                    "inputs": {"params": "search"},
-                    "config": {"epochs": 3, "optimizer": {"name": "sgd", "lr": 0.1}},
-                },
-                {
-                    "name": "scaled",
-                    "uses": "mine:scale",
-                    "inputs": {"model": "train"},
-                    "matrix": {"factor": [2.0, 3.0]},
-                    "config": {"seconds": 3.0},
-                },
-                {"name": "counted", "uses": "mine:count", "inputs": {"models": ["train", "scaled"]}},
-                {
-                    "name": "best",
-                    "uses": "select",
-                    "inputs": {"baseline": "train", "candidates": ["train", "scaled"]},
-                    "config": {"max_drop": {"val_accuracy": 0.0}},
-                },
-            ],
-        }
-    )
-    done = heliostat_in(toy.folder)("run", "toy.yaml", "--json", timeout=500)
-    assert done.returncode == 0, done.stderr
-    nodes = {node["name"]: node for node in json.loads(done.stdout)["nodes"]}
-    return {name: record_of(node) for name, node in nodes.items()}
+            "name": "search",
+            "uses": "tune",
+            "config": {**searching, "space": some_bad, "train": {"epochs": 2, **training}},
+        },
+        {"name": "train", "uses": "train", "inputs": {"params": "search"}, "config": {"epochs": 3, **training}},
+        {
+            "name": "scaled",
+            "uses": "mine:scale",
+            "inputs": {"model": "train"},
+            "matrix": {"factor": [2.0, 3.0]},
+            "config": {"seconds": 3.0},
+        },
+        {"name": "counted", "uses": "mine:count", "inputs": {"models": ["train", "scaled"]}},
+        {
+            "name": "best",
+            "uses": "select",
+            "inputs": {"baseline": "train", "candidates": ["train", "scaled"]},
+            "config": {"max_drop": {"val_accuracy": 0.0}},
+        },
+        {"name": "doomed", "uses": "tune", "config": {**searching, "space": all_bad, "train": {"epochs": 1}}},
+        {"name": "untrained", "uses": "train", "inputs": {"params": "doomed"}},
+        {"name": "int8", "uses": "quantize", "inputs": {"model": "untrained"}},
+        {"name": "bad", "uses": "mine:fail", "inputs": {"model": "train"}, "config": {"unit": "sheep"}},
+    ]
+    toy.write(document)
+    return heliostat_in(toy.folder)("run", "toy.yaml", "--json", timeout=550)
 
 
-def record_of(node):
-    from pathlib import Path
+@pytest.fixture(scope="module")
+def nodes(outcome):
+    assert outcome.returncode == 1, outcome.stderr
+    return {node["name"]: node for node in json.loads(outcome.stdout)["nodes"]}
 
-    return json.loads((Path(node["path"]) / "record.json").read_text()) | {"folder": Path(node["path"])}
+
+@pytest.fixture(scope="module")
+def own(nodes):
+    """The records of the nodes that were done, each with its folder."""
+    done = {name: Path(node["path"]) for name, node in nodes.items() if node["status"] == "ran"}
+    return {name: json.loads((path / "record.json").read_text()) | {"folder": path} for name, path in done.items()}
 
 
 def test_a_trial_that_raises_or_is_not_a_number_is_a_state_and_the_search_goes_on(own):
@@ -197,70 +186,44 @@ def test_an_own_kind_of_artifact_is_recorded(own):
 # --- failures ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def failing(tmp_path_factory, toy_in, heliostat_in):
-    """A search without a good trial, a training that needs it, a stage that fails, and a branch of its own."""
-    toy = toy_in(tmp_path_factory.mktemp("failing") / "toy")
-    (toy.folder / "mine.py").write_text(MODULE)
-    search = {
-        "algorithm": "grid",
-        "space": {"model_args.width": {"grid": [3, 5]}, "optimizer.lr": {"grid": [0.1, 0.2]}},
-        "objective": {"metric": "val_loss"},
-        "train": {"epochs": 1},
-    }
-    document = toy.document
-    document["task"]["train_fn"] = "mine:train_fn"
-    document["stages"] = [
-        {"name": "note", "uses": "mine:note", "config": {"unit": "done beside it"}},
-        {"name": "bad", "uses": "mine:fail", "config": {"unit": "sheep"}},
-        {"name": "search", "uses": "tune", "config": search},
-        {"name": "train", "uses": "train", "inputs": {"params": "search"}},
-        {"name": "int8", "uses": "quantize", "inputs": {"model": "train"}},
-    ]
-    toy.write(document)
-    return heliostat_in(toy.folder)("run", "toy.yaml", "--json", timeout=500)
+def test_a_failure_stops_what_depends_on_it_and_nothing_else(outcome, nodes):
+    assert json.loads(outcome.stdout)["status"] == "failed"
+    states = {name: node["status"] for name, node in nodes.items() if node["status"] != "ran"}
+    assert states == {"doomed": "failed", "untrained": "skipped", "int8": "skipped", "bad": "failed"}
+    assert nodes["int8"]["error"] == "needs untrained"
+    assert json.loads(outcome.stdout)["selected"]["path"] == nodes["best"]["path"]
 
 
-def nodes_of(process):
-    return {node["name"]: node for node in json.loads(process.stdout)["nodes"]}
-
-
-def test_a_failure_stops_what_depends_on_it_and_nothing_else(failing):
-    document = json.loads(failing.stdout)
-    assert (failing.returncode, document["status"], document["selected"]) == (1, "failed", None)
-    states = {name: node["status"] for name, node in nodes_of(failing).items()}
-    assert states == {"note": "ran", "bad": "failed", "search": "failed", "train": "skipped", "int8": "skipped"}
-    assert nodes_of(failing)["int8"]["error"] == "needs train"
-
-
-def test_when_all_trials_fail_the_commonest_reason_comes_first(failing):
-    error = nodes_of(failing)["search"]["error"]
-    first, reasons = error.split("\n", 1)
+def test_when_all_trials_fail_the_commonest_reason_comes_first(nodes):
+    first, reasons = nodes["doomed"]["error"].split("\n", 1)
     assert first == "all 4 trials failed"
     assert reasons.startswith("2 of 4: ")
     assert "ValueError: no net is 3 wide" in reasons
     assert "2 of 4: val_loss is not a number at epoch 1" in reasons
 
 
-def test_a_failed_stage_shows_the_users_own_traceback(failing):
-    error = nodes_of(failing)["bad"]["error"]
+def test_a_failed_stage_shows_the_users_own_traceback(outcome, nodes):
+    error = nodes["bad"]["error"]
     assert error.startswith("RuntimeError: cannot count sheep")
     assert 'mine.py", line' in error
     assert "runtime/tasks.py" not in error
-    assert error.partition("\n")[0] in failing.stderr
+    assert "bad: failed: RuntimeError: cannot count sheep" in outcome.stderr
 
 
-def test_failures_are_in_the_history(failing):
+def test_failures_are_in_the_history(outcome, nodes):
     from heliostat.tracking import quiet
 
     quiet.silence()
     import mlflow
 
-    client = mlflow.MlflowClient(json.loads(failing.stdout)["tracking"]["uri"])
+    client = mlflow.MlflowClient(json.loads(outcome.stdout)["tracking"]["uri"])
     experiment = client.get_experiment_by_name("toy")
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert runs["toy"].info.status == runs["bad"].info.status == runs["search"].info.status == "FAILED"
-    assert runs["note"].info.status == "FINISHED"
-    assert runs["bad"].data.tags["heliostat.error"] == "RuntimeError: cannot count sheep"
-    assert [runs[trial].info.status for trial in ("0001", "0002", "0003", "0004")] == ["FAILED"] * 4
-    assert not {"train", "int8"} & runs.keys()
+    runs = client.search_runs([experiment.experiment_id])
+    stages = {run.info.run_name: run for run in runs if "heliostat.stage" in run.data.tags}
+    failed = {"doomed", "bad"}
+    assert {name for name, run in stages.items() if run.info.status == "FAILED"} == failed
+    assert stages.keys() == {name for name, node in nodes.items() if node["status"] == "ran"} | failed
+    assert stages["bad"].data.tags["heliostat.error"] == "RuntimeError: cannot count sheep"
+    doomed = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == stages["doomed"].info.run_id]
+    assert [run.info.status for run in doomed] == ["FAILED"] * 4
+    assert {run.info.run_name: run.info.status for run in runs}["toy"] == "FAILED"

@@ -10,6 +10,7 @@ that ended are not run again, and those under way begin anew, first, under the s
 
 import tempfile
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ from heliostat.runtime.trial_actor import TrialActor, TrialWork
 from heliostat.training.config import TrainConfig
 
 POLL_S = 0.1
+_registering = threading.Lock()
+"""Tune's registry is one dictionary of the process, and searches may run side by side."""
 
 
 @dataclass(frozen=True)
@@ -180,15 +183,16 @@ class _Cancelled(tune.Stopper):  # type: ignore[misc]
 
 
 def _run_tune(ledger: Ledger, work: TrialWork, asha: Asha | None, *, concurrent: int, cancel: threading.Event) -> None:
-    actor = type("Trials", (TrialActor,), {"work": work})
-    alone = work.resources.workers_per_trial == 1
-    held = {
-        "cpu": work.resources.cpus_per_worker if alone else 0,
-        "gpu": work.resources.gpus_per_worker if alone else 0,
-    }
+    trainable = f"trials-{uuid.uuid4().hex}"
+    with _registering:
+        tune.register_trainable(trainable, type("Trials", (TrialActor,), {"work": work}))
+    if work.resources.workers_per_trial == 1:
+        held = {"cpu": work.resources.cpus_per_worker, "gpu": work.resources.gpus_per_worker}
+    else:
+        held = {"cpu": 0, "memory": 1}  # it only waits for its workers, but Tune cannot ask Ray for nothing
     with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
         tune.run(
-            actor,
+            trainable,
             name="search",
             search_alg=ConcurrencyLimiter(_TuneSearcher(ledger), max_concurrent=concurrent),
             scheduler=asha,
