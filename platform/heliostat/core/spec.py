@@ -186,7 +186,7 @@ class Pipeline(Spec):
     @property
     def storage_folder(self) -> Path:
         """The root of the store: `storage`, relative to the pipeline's folder, or `.heliostat/` in it."""
-        return (self.root / (self.storage or ".heliostat")).resolve()
+        return (self.root / Path(self.storage or ".heliostat").expanduser()).resolve()
 
     @property
     def tracking_uri(self) -> str:

@@ -27,6 +27,7 @@ class Engine(Protocol):
 
 
 def make_engine(algorithm: Algorithm, *, space: Space, mode: Mode, seed: int, trials: int) -> Engine:
+    """The engine for `algorithm`. A space of constants only leaves TPE nothing to model, so it is sampled."""
     match algorithm:
         case "grid":
             return _Listed(iter(space.grid()))

@@ -23,6 +23,8 @@ class Target:
 
 
 class Writer(Protocol):
+    """Writes events to one kind of MLflow store."""
+
     def deliver(self, events: Sequence[Event]) -> Mapping[str, str]:
         """Write the events, in order, and give the MLflow run id of every key that was started among them.
 
