@@ -319,7 +319,7 @@ def compress(trained, stages, *, batch_size, data, folder):
         path = folder / f"{name}.pt"
         torch.save(model.eval().state_dict(), path)
         figures[name] = measure(model, path, data=data)
-        path = folder / f"{name}.int8.onnx"
+        path = folder / f"{name} int8.onnx"
         figures[f"{name} int8"] = measure(quantize(model, path, data=data), path, data=data)
     return figures
 

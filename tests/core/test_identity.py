@@ -21,11 +21,11 @@ from heliostat import (
 )
 from heliostat.core.identity import canonical_json, explain_change, fingerprint
 from heliostat.core.load import load_pipeline
-from heliostat.core.plan import plan_pipeline
+from heliostat.runner import plan
 
 
 def fingerprints(pipeline) -> dict[str, str]:
-    return {node.name: node.fingerprint for node in plan_pipeline(pipeline).nodes}
+    return {node.name: node.fingerprint for node in plan(pipeline).nodes}
 
 
 def changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
@@ -168,7 +168,7 @@ def test_yaml_and_python_give_equal_objects_and_fingerprints(toy, monkeypatch):
     from_python, from_yaml = in_python(toy.folder), load_pipeline(toy.file)
     assert from_python == from_yaml
     assert fingerprints(from_python) == fingerprints(from_yaml)
-    assert plan_pipeline(from_python).fingerprint == plan_pipeline(from_yaml).fingerprint
+    assert plan(from_python).fingerprint == plan(from_yaml).fingerprint
 
 
 def test_so_they_do_with_every_other_key(toy, monkeypatch):

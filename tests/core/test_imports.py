@@ -221,7 +221,8 @@ def test_two_versions_of_one_module_live_in_one_process(tmp_path):
     assert call_isolated("net:build", new, {"extra": 10}) == 12
 
 
-def test_isolated_code_leaves_no_trace(tmp_path):
+def test_isolated_code_leaves_no_trace(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     working, travelled = write_version(tmp_path / "working", 1), write_version(tmp_path / "travelled", 2)
     use_root(working)
     mine = importlib.import_module("net")

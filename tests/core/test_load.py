@@ -5,7 +5,7 @@ import math
 import pytest
 
 from heliostat.core.load import load_pipeline, parse_yaml
-from heliostat.core.plan import plan_pipeline
+from heliostat.runner import plan
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_defaults_are_gone_once_they_are_merged(toy):
     with_defaults["defaults"] = {"train": {"config": {"batch_size": 32}}}
     one, other = load_pipeline(toy.write(written_out, "a.yaml")), load_pipeline(toy.write(with_defaults, "b.yaml"))
     assert one == other
-    assert plan_pipeline(one).fingerprint == plan_pipeline(other).fingerprint
+    assert plan(one).fingerprint == plan(other).fingerprint
 
 
 def test_the_folder_of_the_file_is_where_modules_and_the_store_are(toy, monkeypatch, tmp_path):

@@ -44,12 +44,12 @@ def train_fn(context, config):
 
 class ScaleConfig(Spec):
     factor: float = 1.0
-    seconds: float = 0.0
+    together: int = 1
 
 
 @stage("scale", inputs={"model": "model"}, output="model")
 def scale(context, config: ScaleConfig) -> StageResult:
-    """Multiplies the last layer: the decisions stay as they are."""
+    """Multiplies the last layer, while as many as `together` of the nodes are at it: the decisions stay as they are."""
     from heliostat.stages.models import save_trained, torch_model, train_config_of
 
     source = context.one("model")
@@ -57,12 +57,13 @@ def scale(context, config: ScaleConfig) -> StageResult:
     with torch.no_grad():
         model[-1].weight.mul_(config.factor)
         model[-1].bias.mul_(config.factor)
-    started = time.time()
-    time.sleep(config.seconds)
+    (context.folder / "started").touch()
+    deadline = time.monotonic() + 120
+    while len(list(context.folder.parent.glob("*/started"))) < config.together:
+        assert time.monotonic() < deadline, "nobody else has started"
+        time.sleep(0.1)
     files = save_trained(context, model, config=train_config_of(source))
-    return StageResult(
-        files=files, params=source.record.params, details={"interval": [started, time.time()], "factor": config.factor}
-    )
+    return StageResult(files=files, params=source.record.params, details={"factor": config.factor})
 
 
 class CountConfig(Spec):
@@ -105,7 +106,8 @@ def outcome(tmp_path_factory, toy_in, heliostat_in):
             "uses": "mine:scale",
             "inputs": {"model": "train"},
             "matrix": {"factor": [2.0, 3.0]},
-            "config": {"seconds": 3.0},
+            "config": {"together": 2},
+            "resources": {"cpus_per_worker": 0.5},
         },
         {"name": "counted", "uses": "mine:count", "inputs": {"models": ["train", "scaled"]}},
         {
@@ -172,8 +174,8 @@ def test_an_own_stage_that_makes_models_is_measured_and_may_be_chosen_like_any_o
 
 
 def test_independent_nodes_run_side_by_side(own):
-    intervals = [own[f"scaled[factor={factor}]"]["details"]["interval"] for factor in (2.0, 3.0)]
-    assert max(start for start, _ in intervals) < min(end for _, end in intervals)
+    # Each has waited for the other to start before it went on.
+    assert {"scaled[factor=2.0]", "scaled[factor=3.0]"} < own.keys()
 
 
 def test_an_own_kind_of_artifact_is_recorded(own):

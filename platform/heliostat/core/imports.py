@@ -15,7 +15,7 @@ import re
 import site
 import sys
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -119,9 +119,9 @@ def _installed_folders() -> tuple[Path, ...]:
     return tuple(Path(f).resolve() for f in folders if f)
 
 
-def _is_own(file: Path, root: Path) -> bool:
+def _is_own(file: Path, root: Path, installed: Sequence[Path]) -> bool:
     """Whether a source file is the user's: in the pipeline's folder, or in no place where packages are installed."""
-    around = [folder for folder in _installed_folders() if folder in file.parents]
+    around = [folder for folder in installed if folder in file.parents]
     return all(root in file.parents and folder in root.parents for folder in around)
 
 
@@ -155,7 +155,7 @@ def own_sources(references: Iterable[str], root: Path) -> dict[str, bytes]:
 
     Returns `{path relative to the import root, such as "mnist.py" or "package/model.py": content}`, sorted by path.
     """
-    root = root.resolve()
+    root, installed = root.resolve(), _installed_folders()
     todo = [reference.partition(":")[0] for reference in references]
     seen: set[str] = set()
     sources: dict[str, bytes] = {}
@@ -165,7 +165,7 @@ def own_sources(references: Iterable[str], root: Path) -> dict[str, bytes]:
             continue
         seen.add(name)
         file = _module_file(name, root)
-        if file is None or not _is_own(file, root):
+        if file is None or not _is_own(file, root, installed):
             continue
         is_package = file.name == "__init__.py"
         path = name.replace(".", "/") + ("/__init__.py" if is_package else ".py")

@@ -5,10 +5,12 @@ registers it, and nothing else happens at import. A slot's kind may end in `?` (
 (the slot gathers every variant of every stage that it names; any other slot makes one node per variant).
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_type_hints
 
@@ -189,7 +191,7 @@ def find_kind(uses: str) -> StageKind:
 
     Raises SpecError when there is none, or when an entry point shadows a built-in.
     """
-    installed = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    installed = _installed_kinds(tuple(sys.path))
     for name in installed:
         if name in _KINDS:
             raise SpecError(
@@ -202,6 +204,12 @@ def find_kind(uses: str) -> StageKind:
     if ":" in uses:
         return _kind_of(resolve(uses), uses)
     raise SpecError(f"unknown stage kind {uses!r}{nearest(uses, [*_KINDS, *installed])}")
+
+
+@lru_cache(maxsize=1)
+def _installed_kinds(path: tuple[str, ...]) -> Mapping[str, EntryPoint]:
+    """The entry points by name. They are read once for an import path: that means opening a file of every package."""
+    return {point.name: point for point in entry_points(group=ENTRY_POINTS)}
 
 
 def _kind_of(function: Any, uses: str) -> StageKind:

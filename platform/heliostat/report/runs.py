@@ -39,7 +39,7 @@ def find(storage: Path, name: str) -> dict[str, Any] | tuple[Path, Record]:
     nodes = list(records(storage))
     for folder, record in reversed(nodes):
         by_fingerprint = len(name) >= 6 and record.fingerprint.startswith(name)
-        if by_fingerprint or name == record.node or Path(name).resolve() == folder:
+        if by_fingerprint or name == record.node or Path(name).resolve() == folder.resolve():
             return folder, record
     known = [*runs, *(record.node for _, record in nodes)]
     raise SpecError(f"{storage} has no run or node {name!r}{nearest(name, known)}")

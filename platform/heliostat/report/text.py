@@ -8,8 +8,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-ROOM_FOR_REASONS = 130
-"""From this many columns on, a table of candidates has room for the reasons beside the figures."""
+ROOM_FOR_REASONS = 120
+"""So many columns besides the models' names, and a table of candidates has room for the reasons beside the figures."""
 
 
 def duration(seconds: float) -> str:
@@ -36,18 +36,19 @@ def figure(value: Any) -> str:
 def candidates_table(rows: Sequence[Mapping[str, Any]], metric: str | None, *, width: int) -> Group:
     """What `select` saw: one row a model, and why it was or was not chosen.
 
-    `metric` is a task metric such as `accuracy`. Where `width` has no room for the reasons, they stand below.
+    `metric` is a task metric such as `accuracy`. Where `width` has no room for the reasons, they stand below; where it
+    has none for a model's name, the name goes over several lines. Figures are never cut.
     """
     quality = metric or "loss"
     table = Table(
         title="candidates, the uncompressed baseline first", title_justify="left", title_style="bold", box=SIMPLE_HEAD
     )
-    table.add_column("model", no_wrap=True)
-    for name in (f"val {quality}", f"test {quality}", "MB", "params", "p50 ms", "speed-up", "size"):
-        table.add_column(name, justify="right", no_wrap=True)
-    beside = width >= ROOM_FOR_REASONS
+    beside = width >= ROOM_FOR_REASONS + max((len(row["model"]) for row in rows), default=0)
+    table.add_column("model", overflow="fold")
+    for heading in (f"val {quality}", f"test {quality}", "MB", "params", "p50 ms", "speed-up", "size"):
+        table.add_column(heading if beside else heading.replace(" ", "\n"), justify="right", no_wrap=True)
     if beside:
-        table.add_column("why", overflow="fold", min_width=30)
+        table.add_column("why", overflow="fold")
     for row in rows:
         metrics = row["metrics"]
         cells = [

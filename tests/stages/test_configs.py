@@ -1,0 +1,63 @@
+"""What the stages' configs come down to: defaults, and what `auto` decides."""
+
+import pytest
+
+import heliostat
+from heliostat import TuneConfig
+from heliostat.core.spec import Resources
+from heliostat.core.stage import find_kind
+from heliostat.stages.tune import SchedulerConfig
+
+CONTINUOUS = {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}}
+SMALL = {"batch_size": {"choice": [16, 32]}, "model_args.width": {"choice": [4, 8]}}
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"space": CONTINUOUS}, ("random", 16)),
+        ({"space": CONTINUOUS, "trials": 19}, ("random", 19)),
+        ({"space": CONTINUOUS, "trials": 20}, ("bayesian", 20)),
+        ({"space": SMALL}, ("grid", 4)),
+        ({"space": SMALL, "trials": 3}, ("random", 3)),
+        ({"space": SMALL, "algorithm": "grid"}, ("grid", 4)),
+        ({"space": SMALL, "algorithm": "random", "trials": 2}, ("random", 2)),
+        ({"space": CONTINUOUS, "algorithm": "bayesian"}, ("bayesian", 16)),
+    ],
+)
+def test_auto_tries_all_of_a_small_space_and_models_the_objective_only_with_trials_enough(config, method):
+    algorithm, trials, why = TuneConfig(**config).method
+    assert (algorithm, trials) == method
+    assert why
+
+
+def test_the_work_ahead_is_told_from_the_config_alone():
+    def workload(uses, **config):
+        kind = find_kind(uses)
+        return kind.workload(kind.config(**config))
+
+    assert workload("tune", space=SMALL, train={"epochs": 3}) == {"trials": 4, "epochs": 12}
+    assert workload("train", epochs=7) == {"epochs": 7}
+    assert workload("prune", finetune_epochs=2) == {"epochs": 2}
+    assert workload("distill", epochs=5) == {"epochs": 5}
+    assert workload("quantize") == {}
+
+
+@pytest.mark.parametrize(
+    ("uses", "needs"),
+    [("tune", (6, 3)), ("train", (8, 4)), ("prune", (2, 1)), ("quantize", (2, 1)), ("select", (0, 0))],
+)
+def test_what_a_stage_needs_at_once(uses, needs):
+    resources = Resources(workers=4, workers_per_trial=3, cpus_per_worker=2, gpus_per_worker=1)
+    assert find_kind(uses).needs(resources) == needs
+
+
+def test_a_scheduler_may_be_named_by_one_word():
+    assert TuneConfig(space=SMALL, scheduler="asha").scheduler == SchedulerConfig()
+    assert TuneConfig(space=SMALL, scheduler="none").scheduler is None
+
+
+def test_every_config_of_a_built_in_is_a_public_name():
+    for uses in ("tune", "train", "prune", "quantize", "distill", "export", "select"):
+        config = find_kind(uses).config
+        assert getattr(heliostat, config.__name__) is config

@@ -1,0 +1,124 @@
+"""The stages that make one model out of another: what comes out, and what its record says."""
+
+import pytest
+import torch
+
+from heliostat.compression.formats import load_model
+from heliostat.compression.measure import num_params
+from heliostat.core.imports import resolve
+from heliostat.errors import ArtifactError, StageError
+from heliostat.stages.measure import measure_quality, recipe_of
+from heliostat.training.config import TrainConfig
+
+GUARD = '''
+
+class Untouchable(torch.utils.data.Dataset):
+    """A split that nobody may look at."""
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, index):
+        raise AssertionError("somebody looked at the test split")
+
+
+open_data = build_data
+
+
+def build_data(seed=0):
+    return {**open_data(seed), "test": Untouchable()}
+'''
+
+
+def test_structured_pruning_makes_the_network_really_smaller(bench, trained):
+    pruned = bench.run("prune", {"sparsity": 0.5, "finetune_epochs": 1}, model=trained)
+    assert num_params(pruned.folder) < 0.5 * num_params(trained.folder)
+    assert pruned.record.details["parity"]["reload"]["max_abs_diff"] == pytest.approx(0, abs=1e-6)
+    assert pruned.record.details["parity"]["source"]["max_abs_diff"] > 0
+    assert pruned.record.details["parity"]["source"]["against"] == "train"
+    assert pruned.record.params == trained.record.params
+
+
+def test_pruning_twice_replays_both_cuts_on_loading(bench, trained):
+    once = bench.run("prune", {"sparsity": 0.25}, model=trained)
+    moved = once.folder.rename(bench.store / "once")
+    once = bench.keep("once", files=list(once.record.files), params=once.record.params)
+    assert once.folder == moved
+    twice = bench.run("prune", {"sparsity": 0.5}, model=once)
+    assert num_params(twice.folder) < num_params(once.folder) < num_params(trained.folder)
+    assert load_model(twice.folder)(torch.randn(3, 8)).shape == (3, 3)
+
+
+def test_magnitude_pruning_keeps_its_zeros_through_fine_tuning(bench, trained):
+    pruned = bench.run("prune", {"method": "magnitude", "sparsity": 0.5, "finetune_epochs": 1}, model=trained)
+    weights = torch.load(pruned.folder / "weights.pt", weights_only=True)
+    matrices = [tensor for tensor in weights.values() if tensor.dim() == 2]
+    zeros = sum((m == 0).sum().item() for m in matrices) / sum(m.numel() for m in matrices)
+    assert zeros == pytest.approx(0.5, abs=0.02)
+    assert num_params(pruned.folder) == num_params(trained.folder)
+
+
+def test_without_fine_tuning_nothing_is_trained(bench, trained):
+    pruned = bench.run("prune", {"sparsity": 0.25}, model=trained)
+    assert pruned.record.metrics == {}
+    assert "history" not in pruned.record.details
+
+
+def test_a_student_takes_its_teachers_arguments_but_for_its_own(bench, trained):
+    student = bench.run("distill", {"model_args": {"width": 4}, "epochs": 2}, teacher=trained)
+    assert student.record.params["train"]["model_args"] == {"width": 4}
+    assert num_params(student.folder) < num_params(trained.folder)
+    assert len(student.record.details["history"]) == 2
+    assert student.record.details["parity"]["source"]["against"] == "train"
+
+
+@pytest.mark.parametrize("method", ["static", "dynamic"])
+def test_a_quantized_model_answers_nearly_as_its_source_without_the_training_code(bench, trained, toy, method):
+    quantized = bench.run("quantize", {"method": method}, model=trained)
+    batch = resolve("toy:build_data")()["val"].tensors[0]
+    expected = load_model(trained.folder)(batch)
+    toy.module.unlink()
+    answers = load_model(quantized.folder)(batch)
+    assert (answers.argmax(1) == expected.argmax(1)).float().mean() > 0.9
+    assert set(quantized.record.files) == {"model.json", "model.onnx"}
+    assert 0 < quantized.record.details["parity"]["source"]["max_abs_diff"] < 2
+
+
+def test_an_export_answers_as_its_source(bench, trained):
+    exported = bench.run("export", model=trained)
+    assert exported.record.details["parity"]["source"]["max_abs_diff"] < 1e-4
+    assert exported.record.details["opset"] >= 18
+
+
+def test_an_export_is_quantized_as_it_is(bench, trained):
+    quantized = bench.run("quantize", model=bench.run("export", model=trained))
+    assert quantized.record.details["parity"]["source"]["against"] == "export"
+
+
+def test_an_exported_model_cannot_be_trained_further(bench, trained):
+    exported = bench.run("export", model=trained)
+    with pytest.raises(StageError, match="export is an onnx model, which cannot be trained further"):
+        bench.run("prune", model=exported)
+
+
+def test_no_stage_that_makes_a_model_looks_at_the_test_split(bench, toy):
+    toy.module.write_text(toy.module.read_text() + GUARD)
+    trained = bench.train(TrainConfig(epochs=1))
+    bench.run("prune", {"finetune_epochs": 1}, model=trained)
+    bench.run("distill", {"epochs": 1}, teacher=trained)
+    bench.run("quantize", model=trained)
+    bench.run("export", model=trained)
+    with pytest.raises(AssertionError, match="somebody looked at the test split"):
+        measure_quality(trained.folder, bench.task, recipe_of(trained.record.params))
+
+
+def test_quality_is_measured_on_both_held_out_splits(bench, trained):
+    figures = measure_quality(trained.folder, bench.task, recipe_of(trained.record.params))
+    assert set(figures) == {"size_mb", "num_params", "val_loss", "val_accuracy", "test_loss", "test_accuracy"}
+    assert figures["val_accuracy"] == pytest.approx(trained.metrics["val_accuracy"])
+
+
+def test_a_model_without_its_weights_is_an_error_that_names_them(bench, trained):
+    (trained.folder / "weights.pt").unlink()
+    with pytest.raises(ArtifactError, match=r"weights\.pt is missing"):
+        bench.run("quantize", model=trained)

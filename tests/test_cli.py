@@ -1,0 +1,192 @@
+"""The command line without a Ray: help, plan, the history of a store, init, and what the exit codes say."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from heliostat.core.artifact import Record, write_record
+from heliostat.report.runs import write_run
+
+COMMANDS = ["run", "plan", "runs", "show", "ui", "submit", "sync", "doctor", "init", "cluster"]
+
+
+def test_help_names_every_command_and_what_it_does(heliostat):
+    done = heliostat("--help")
+    assert done.returncode == 0
+    for command in COMMANDS:
+        assert re.search(rf"^\W*{command} +\w", done.stdout, re.MULTILINE), command
+
+
+def test_without_a_command_the_help_is_shown(heliostat):
+    assert "Usage:" in heliostat().stdout
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_every_command_explains_its_options(heliostat, option):
+    done = heliostat("run", option)
+    for word in ("FILE", "--set", "--address", "--force", "--json"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["rnu"], ["plan"], ["plan", "a.yaml", "--jsn"], ["cluster", "validat"]], ids=" ".join
+)
+def test_a_command_line_that_is_wrong_ends_with_2(heliostat, arguments):
+    done = heliostat(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import sys, heliostat.cli\n"
+        "try: heliostat.cli.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print('heavy:', *({'torch', 'ray', 'mlflow', 'pandas', 'pydantic'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("heavy:")
+
+
+# --- plan ------------------------------------------------------------------------------------------
+
+
+def test_plan_shows_every_node_why_it_runs_and_how_much_work_that_is(toy, heliostat):
+    done = heliostat("plan", toy.file)
+    assert done.returncode == 0, done.stderr
+    for node in ("search", "prune[sparsity=0.25]", "int8[prune[sparsity=0.5]]", "best"):
+        assert re.search(rf"^ *{re.escape(node)} .*\brun\b.* first run", done.stdout, re.MULTILINE), node
+    assert "4 trials, 8 epochs" in done.stdout
+    assert "10 nodes to run, 4 trials, at most 15 epochs; no earlier run to estimate from" in done.stdout
+    assert not (toy.folder / ".heliostat").exists()
+
+
+def test_plan_prints_one_json_document_and_nothing_else(toy, heliostat):
+    done = heliostat("plan", toy.file, "--json", "--set", "stages.search.config.trials=9")
+    document = json.loads(done.stdout)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert document["pipeline"] == "toy"
+    assert document["nodes"][0]["trials"] == 9
+    assert {node["status"] for node in document["nodes"]} == {"run"}
+    assert document["fits"] == {"ok": True, "reason": None}
+
+
+def test_what_can_never_fit_is_planned_and_then_refused_with_3(toy, heliostat):
+    done = heliostat("plan", toy.file, "--json", "--set", "stages.train.resources.workers=4096")
+    assert done.returncode == 3
+    assert json.loads(done.stdout)["fits"]["ok"] is False
+    assert "error: train: needs 4096 CPUs at once; this machine has" in done.stderr
+
+
+# --- the history of a store ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path) -> Path:
+    """A store in the working directory with a run of two nodes, one of which failed."""
+    store = tmp_path / ".heliostat"
+    folder = store / "toy" / "train" / "aaaa1111bbbb2222"
+    folder.mkdir(parents=True)
+    record = Record(
+        kind="model",
+        pipeline="toy",
+        node="train",
+        stage="train",
+        uses="train",
+        fingerprint=folder.name,
+        identity={},
+        metrics={"val_accuracy": 0.97456},
+        params={"train": {"epochs": 3}},
+        started_at="2024-01-01T00:00:00+00:00",
+    )
+    write_record(folder, record)
+    nodes = [
+        {"name": "train", "status": "ran", "seconds": 1.5, "path": str(folder)},
+        {"name": "prune[sparsity=0.5]", "status": "failed", "seconds": 0.5, "path": str(store / "x")},
+    ]
+    write_run(store, "toy-20240101-000000", {"status": "failed", "nodes": nodes, "selected": None})
+    return store
+
+
+def test_runs_lists_what_happened(store, heliostat):
+    done = heliostat("runs")
+    assert done.returncode == 0
+    assert re.search(r"toy-20240101-000000 +failed +1 ran, 1 failed", done.stdout)
+    assert [run["run"] for run in json.loads(heliostat("runs", "--json").stdout)] == ["toy-20240101-000000"]
+
+
+def test_an_empty_store_has_no_runs(heliostat):
+    assert json.loads(heliostat("runs", "--json").stdout) == []
+
+
+def test_show_tells_a_run_with_its_nodes(store, heliostat):
+    done = heliostat("show", "toy-20240101-000000")
+    assert "toy-20240101-000000: failed" in done.stdout
+    assert re.search(r"prune\[sparsity=0\.5\] +failed", done.stdout)
+
+
+@pytest.mark.parametrize("name", ["train", "aaaa1111", ".heliostat/toy/train/aaaa1111bbbb2222"])
+def test_show_tells_a_node_by_name_fingerprint_or_folder(store, heliostat, name):
+    done = heliostat("show", name)
+    assert done.returncode == 0, done.stderr
+    assert "train (train), 2024-01-01T00:00:00+00:00" in done.stdout
+    assert re.search(r"val_accuracy +0\.9746", done.stdout)
+    document = json.loads(heliostat("show", name, "--json").stdout)
+    assert (document["node"], document["metrics"]["val_accuracy"]) == ("train", 0.97456)
+
+
+def test_show_of_what_is_not_there_ends_with_2_and_the_nearest_name(store, heliostat):
+    done = heliostat("show", "trian")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "has no run or node 'trian'; did you mean 'train'?" in done.stderr
+
+
+def test_ui_of_a_store_without_history_ends_with_2(heliostat):
+    done = heliostat("ui")
+    assert done.returncode == 2
+    assert "no run has been tracked here yet" in done.stderr
+
+
+# --- init ------------------------------------------------------------------------------------------
+
+
+def test_init_writes_a_project_and_says_what_to_type_next(heliostat, tmp_path):
+    done = heliostat("init", "digits")
+    assert done.returncode == 0, done.stderr
+    written = {path.name for path in (tmp_path / "digits").iterdir()}
+    assert written == {"pipeline.yaml", "predict.py", "task.py"}
+    assert done.stdout.splitlines()[-1] == "next: heliostat run digits/pipeline.yaml"
+
+
+def test_init_overwrites_nothing(heliostat, tmp_path):
+    heliostat("init", "digits")
+    task = tmp_path / "digits" / "task.py"
+    task.write_text("# mine\n")
+    done = heliostat("init", "digits")
+    assert done.returncode == 2
+    assert "is there already; name a new folder" in done.stderr
+    assert task.read_text() == "# mine\n"
+
+
+def test_init_into_a_file_is_refused(heliostat, tmp_path):
+    (tmp_path / "digits").write_text("")
+    done = heliostat("init", "digits")
+    assert (done.returncode, "is a file, not a folder" in done.stderr) == (2, True)
+
+
+# --- cluster ---------------------------------------------------------------------------------------
+
+
+def test_cluster_validate_says_what_it_found_or_what_is_wrong(heliostat, tmp_path):
+    shipped = Path(__file__).parents[1] / "cluster" / "local.yaml"
+    assert heliostat("cluster", "validate", shipped).returncode == 0
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(shipped.read_text().replace("cluster_name:", "cluster_nmae:"))
+    done = heliostat("cluster", "validate", broken)
+    assert done.returncode == 2
+    assert "cluster_name" in done.stderr
