@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -292,12 +291,7 @@ def _user_modules_do_not_leak(tmp_path_factory: pytest.TempPathFactory) -> Itera
     path = list(sys.path)
     yield
     sys.path[:] = path
-    temporary = tmp_path_factory.getbasetemp()
+    temporary = f"{tmp_path_factory.getbasetemp()}{os.sep}"
     for name, module in list(sys.modules.items()):
-        if _is_in(module, temporary):
+        if str(getattr(module, "__file__", None)).startswith(temporary):
             del sys.modules[name]
-
-
-def _is_in(module: ModuleType, folder: Path) -> bool:
-    file = getattr(module, "__file__", None)
-    return isinstance(file, str) and Path(file).is_relative_to(folder)

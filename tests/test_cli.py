@@ -56,18 +56,35 @@ def test_help_imports_nothing_heavy():
 # --- plan ------------------------------------------------------------------------------------------
 
 
-def test_plan_shows_every_node_why_it_runs_and_how_much_work_that_is(toy, heliostat):
-    done = heliostat("plan", toy.file)
+WITHOUT_TORCH = """
+def build_model(width=8, bias=True): ...
+def build_data(): ...
+def loss(outputs, targets): ...
+def accuracy(outputs, targets): ...
+"""
+
+
+@pytest.fixture
+def file(toy) -> Path:
+    """The toy pipeline over a module that imports nothing, so that a process can plan it at once."""
+    toy.module.write_text(WITHOUT_TORCH)
+    document = toy.document
+    document["task"]["loss"] = "toy:loss"
+    return toy.write(document)
+
+
+def test_plan_shows_every_node_why_it_runs_and_how_much_work_that_is(file, heliostat):
+    done = heliostat("plan", file)
     assert done.returncode == 0, done.stderr
     for node in ("search", "prune[sparsity=0.25]", "int8[prune[sparsity=0.5]]", "best"):
         assert re.search(rf"^ *{re.escape(node)} .*\brun\b.* first run", done.stdout, re.MULTILINE), node
     assert "4 trials, 8 epochs" in done.stdout
     assert "10 nodes to run, 4 trials, at most 15 epochs; no earlier run to estimate from" in done.stdout
-    assert not (toy.folder / ".heliostat").exists()
+    assert not (file.parent / ".heliostat").exists()
 
 
-def test_plan_prints_one_json_document_and_nothing_else(toy, heliostat):
-    done = heliostat("plan", toy.file, "--json", "--set", "stages.search.config.trials=9")
+def test_plan_prints_one_json_document_and_nothing_else(file, heliostat):
+    done = heliostat("plan", file, "--json", "--set", "stages.search.config.trials=9")
     document = json.loads(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
     assert document["pipeline"] == "toy"
@@ -76,8 +93,8 @@ def test_plan_prints_one_json_document_and_nothing_else(toy, heliostat):
     assert document["fits"] == {"ok": True, "reason": None}
 
 
-def test_what_can_never_fit_is_planned_and_then_refused_with_3(toy, heliostat):
-    done = heliostat("plan", toy.file, "--json", "--set", "stages.train.resources.workers=4096")
+def test_what_can_never_fit_is_planned_and_then_refused_with_3(file, heliostat):
+    done = heliostat("plan", file, "--json", "--set", "stages.train.resources.workers=4096")
     assert done.returncode == 3
     assert json.loads(done.stdout)["fits"]["ok"] is False
     assert "error: train: needs 4096 CPUs at once; this machine has" in done.stderr

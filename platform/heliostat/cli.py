@@ -6,6 +6,8 @@ Heavy modules are imported by the command that needs them, so that `--help` answ
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +64,13 @@ def _print_json(document: Any) -> None:
     sys.stdout.flush()
 
 
+@contextmanager
+def _only_the_answer_on_stdout(as_json: bool) -> Iterator[None]:
+    """What the user's own modules print goes to standard error where standard output is for one JSON document."""
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
+
+
 @app.command()
 def run(
     file: File,
@@ -75,11 +84,12 @@ def run(
     from heliostat.report.documents import run_document
     from heliostat.report.live import LiveView, PlainView
 
-    pipeline = runner.load_pipeline(file, settings=settings or ())
     terminal = _console(error=True)
     watched: LiveView | PlainView = LiveView(terminal) if terminal.is_terminal else PlainView(terminal)
-    with watched as view:
-        result = runner.run(pipeline, address=address, force=force or (), view=view)
+    with _only_the_answer_on_stdout(as_json):
+        pipeline = runner.load_pipeline(file, settings=settings or ())
+        with watched as view:
+            result = runner.run(pipeline, address=address, force=force or (), view=view)
     if as_json:
         _print_json(run_document(result))
     else:
@@ -137,7 +147,8 @@ def plan(file: File, settings: Settings = None, force: Force = None, as_json: As
     from heliostat.errors import ResourceError
     from heliostat.report.documents import plan_document
 
-    planned = runner.plan(runner.load_pipeline(file, settings=settings or ()), force=force or ())
+    with _only_the_answer_on_stdout(as_json):
+        planned = runner.plan(runner.load_pipeline(file, settings=settings or ()), force=force or ())
     why_not: ResourceError | None = None
     try:
         runner.check_fits_here(planned)

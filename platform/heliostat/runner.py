@@ -61,8 +61,9 @@ def run(
         SpecError, ResourceError: before anything has started. A stage that fails does not raise; the result says so.
     """
     view = view or Unwatched()
-    if not any(node.status == "run" for node in plan_pipeline(pipeline, force=force).nodes):
-        return _all_reused(plan_pipeline(pipeline, force=force), view)
+    planned = plan_pipeline(pipeline, force=force)
+    if all(node.status == "reuse" for node in planned.nodes):
+        return _all_reused(planned, view)
     with _only_run(pipeline, view):
         planned = plan_pipeline(pipeline, force=force)  # another run may have finished some of it meanwhile
         return _run_plan(planned, address=address, view=view)

@@ -11,7 +11,9 @@ from heliostat.errors import SpecError, nearest
 
 
 def new_run_id(pipeline: str) -> str:
-    return f"{pipeline}-{datetime.now():%Y%m%d-%H%M%S}"
+    """`mnist-20261125-031500-123`: sorts by time, and no two runs of a pipeline share it."""
+    now = datetime.now()
+    return f"{pipeline}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
 
 
 def write_run(storage: Path, run_id: str, document: Mapping[str, Any]) -> None:
