@@ -93,6 +93,14 @@ def test_plan_prints_one_json_document_and_nothing_else(file, heliostat):
     assert document["fits"] == {"ok": True, "reason": None}
 
 
+def test_what_the_users_module_prints_stays_out_of_the_json_document(file, heliostat):
+    module = file.parent / "toy.py"
+    module.write_text(module.read_text() + '\nprint("hello from the module")\n')
+    done = heliostat("plan", file, "--json")
+    assert json.loads(done.stdout)["pipeline"] == "toy"
+    assert "hello from the module" in done.stderr
+
+
 def test_what_can_never_fit_is_planned_and_then_refused_with_3(file, heliostat):
     done = heliostat("plan", file, "--json", "--set", "stages.train.resources.workers=4096")
     assert done.returncode == 3

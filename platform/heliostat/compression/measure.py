@@ -24,7 +24,10 @@ Runnable = Callable[[Tensor], Any]
 
 TURN_S = 0.01
 """How long one model runs before it is the next one's turn. The first run of a turn is a warm-up and not counted."""
-MIN_TURNS = 20
+ROUNDS = 5
+"""A measurement is spread over so many rounds of all batch sizes: a short disturbance hits only one of them."""
+MIN_RUNS = 5
+"""In each round."""
 
 
 # --- size -----------------------------------------------------------------------------------------------------------
@@ -71,14 +74,20 @@ def size_mb(folder: Path) -> float:
 
 
 def latency(
-    models: Mapping[str, Runnable], batch: Tensor, *, threads: int = 1, min_seconds: float = 0.3
+    models: Mapping[str, Runnable], batch: Tensor, *, threads: int = 1, min_seconds: float = 0.3, min_runs: int = 20
 ) -> dict[str, dict[str, float]]:
     """How long each model takes for `batch`: `{name: {"p50_ms", "p95_ms", "runs"}}`.
 
-    The models take turns of 10 ms, every model as many (at least `MIN_TURNS`) as fill `min_seconds` each, so that all
-    of them see the same minutes of the machine. The garbage collector is off, and `threads` threads are used. A torch
-    module runs in eval and inference mode.
+    Each model is timed for `min_seconds` and `min_runs`, whichever takes longer, in turns with the others, with the
+    garbage collector off and on `threads` threads. A torch module runs in eval and inference mode.
     """
+    times_ns = _times_ns(models, batch, threads=threads, min_seconds=min_seconds, min_runs=min_runs)
+    return {name: _summary(times) for name, times in times_ns.items()}
+
+
+def _times_ns(
+    models: Mapping[str, Runnable], batch: Tensor, *, threads: int, min_seconds: float, min_runs: int
+) -> dict[str, list[int]]:
     with _steady(threads):
         runs = {name: _runnable(model, threads) for name, model in models.items()}
         times_ns: dict[str, list[int]] = {name: [] for name in models}
@@ -86,17 +95,20 @@ def latency(
         try:
             for module in training:
                 module.eval()
-            for _ in range(max(MIN_TURNS, math.ceil(min_seconds / TURN_S))):
-                for name, run in runs.items():
-                    times_ns[name] += _turn(run, batch)
+            waiting = list(runs)
+            while waiting:
+                for name in waiting:
+                    times_ns[name] += _turn(runs[name], batch)
+                waiting = [n for n in waiting if len(times_ns[n]) < min_runs or sum(times_ns[n]) < min_seconds * 1e9]
         finally:
             for module in training:
                 module.train()
-    return {
-        name: {"p50_ms": float(p50) / 1e6, "p95_ms": float(p95) / 1e6, "runs": len(times)}
-        for name, times in times_ns.items()
-        for p50, p95 in [np.percentile(times, [50, 95])]
-    }
+    return times_ns
+
+
+def _summary(times_ns: Sequence[int]) -> dict[str, float]:
+    p50, p95 = np.percentile(times_ns, [50, 95])
+    return {"p50_ms": float(p50) / 1e6, "p95_ms": float(p95) / 1e6, "runs": len(times_ns)}
 
 
 def measure_speed(
@@ -117,11 +129,17 @@ def measure_speed(
     Args:
         example: rows of inputs, repeated to make each batch. Real data: the speed may depend on it.
     """
+    timed = {"model": model} | ({"baseline": baseline} if baseline else {})
+    times_ns: dict[int, dict[str, list[int]]] = {size: {name: [] for name in timed} for size in batches}
+    for _ in range(ROUNDS):
+        for size, so_far in times_ns.items():
+            batch = example.repeat(-(-size // len(example)), *[1] * (example.ndim - 1))[:size]
+            more = _times_ns(timed, batch, threads=threads, min_seconds=min_seconds / ROUNDS, min_runs=MIN_RUNS)
+            for name, times in more.items():
+                so_far[name] += times
     metrics: dict[str, float] = {}
-    for size in batches:
-        batch = example.repeat(-(-size // len(example)), *[1] * (example.ndim - 1))[:size]
-        timed = {"model": model} | ({"baseline": baseline} if baseline else {})
-        figures = latency(timed, batch, threads=threads, min_seconds=min_seconds)
+    for size, by_model in times_ns.items():
+        figures = {name: _summary(times) for name, times in by_model.items()}
         suffix = "" if size == 1 else f"_b{size}"
         metrics[f"latency_ms{suffix}"] = figures["model"]["p50_ms"]
         metrics[f"latency_ms{suffix}_p95"] = figures["model"]["p95_ms"]
