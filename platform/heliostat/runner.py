@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ from heliostat.report import runs
 from heliostat.report.documents import run_document
 
 if TYPE_CHECKING:
-    from heliostat.runtime.session import Session
+    pass
 
 POLL_S = 0.2
 
@@ -102,17 +102,19 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
             run_id,
             run_document(RunResult(pipeline.name, "unfinished", tuple(unfinished), tracking, None, log)),
         )
-    with session.start(address, log=log, root=pipeline.root) as ray, History.open(planned, view.note) as history:
-        total = ray.resources()
-        where = "this machine" if address is None else f"the cluster at {address}"
-        check_fits(planned, cpus=total.get("CPU", 0), gpus=total.get("GPU", 0), where=where)
-        outcomes, interrupted = _Execution(planned, ray, history, view).run()
-        failed = any(o.status in {"failed", "skipped"} for o in outcomes)
-        status: Literal["done", "failed", "interrupted"] = (
-            "interrupted" if interrupted else "failed" if failed else "done"
-        )
-        selected = _selected(planned, outcomes)
-        history.end(status, selected)
+    with ExitStack() as tracked:  # what is left to track is delivered while Ray ends
+        with session.start(address, log=log, root=pipeline.root) as ray:
+            total = ray.resources()
+            where = "this machine" if address is None else f"the cluster at {address}"
+            check_fits(planned, cpus=total.get("CPU", 0), gpus=total.get("GPU", 0), where=where)
+            history = tracked.enter_context(History.open(planned, view.note))
+            outcomes, interrupted = _Execution(planned, history, view).run()
+            failed = any(o.status in {"failed", "skipped"} for o in outcomes)
+            status: Literal["done", "failed", "interrupted"] = (
+                "interrupted" if interrupted else "failed" if failed else "done"
+            )
+            selected = _selected(planned, outcomes)
+            history.end(status, selected)
         untracked = history.close()
     tracking["run_id"] = history.run_id
     result = RunResult(pipeline.name, status, tuple(outcomes), tracking, selected, log, untracked)
@@ -126,8 +128,8 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
 class _Execution:
     """One run of a plan. The main thread hands out nodes; each node's thread runs it from start to record."""
 
-    def __init__(self, planned: Plan, ray: "Session", history: History, view: View) -> None:
-        self._plan, self._ray, self._history, self._view = planned, ray, history, view
+    def __init__(self, planned: Plan, history: History, view: View) -> None:
+        self._plan, self._history, self._view = planned, history, view
         self._cancel = threading.Event()
         self._outcomes: dict[str, NodeOutcome] = {}
 

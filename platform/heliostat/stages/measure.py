@@ -10,6 +10,9 @@ from typing import Any
 from heliostat.core.spec import Task
 from heliostat.training.config import TrainConfig
 
+SECONDS_PER_BATCH_SIZE = 0.15
+"""Every CPU of a node waits while speed is measured; so many seconds give thousands of runs of a small network."""
+
 
 def recipe_of(params: Mapping[str, Any]) -> TrainConfig:
     """How the model was trained, as the record's params carry it from stage to stage; an own stage may not say."""
@@ -48,7 +51,7 @@ def measure_speed(
 
     example = samples(task, recipe, split="val", count=32)
     baseline = load_model(source) if source else None
-    figures = measure(load_model(folder), example=example, baseline=baseline)
+    figures = measure(load_model(folder), example=example, baseline=baseline, min_seconds=SECONDS_PER_BATCH_SIZE)
     if source is None:
         return figures, {}
     facts = describe(folder).get("quantization") or {"params_ratio": num_params(folder) / num_params(source)}
