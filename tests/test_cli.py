@@ -22,7 +22,7 @@ def test_help_names_every_command_and_what_it_does(heliostat):
 
 
 def test_without_a_command_the_help_is_shown(heliostat):
-    assert "Usage:" in heliostat().stdout
+    assert "Usage:" in heliostat().stderr
 
 
 @pytest.mark.parametrize("option", ["-h", "--help"])
