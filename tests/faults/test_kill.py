@@ -71,7 +71,7 @@ def story(tmp_path_factory, toy_in, heliostat_in, eventually, processes_with):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         output = process.communicate()[1]
-        eventually(lambda: not processes_with(mark), "processes outlive their driver", timeout_s=60)
+        eventually(lambda: not processes_with(mark), "processes outlive their driver", timeout_s=150)
         return output
 
     def journal():

@@ -48,12 +48,11 @@ def test_a_changed_value_reruns_that_node_and_those_after_it_and_says_why(copy, 
 
 def test_a_changed_value_reaches_everything_that_needs_it(copy, finished):
     reasons = to_run(copy, "stages.train.config.epochs=4")
-    assert reasons.pop("train") == "config.epochs 3 -> 4"
+    assert reasons["train"] == "config.epochs 3 -> 4"
     assert reasons["student"] == "teacher: train changed"
     assert reasons["prune[sparsity=0.5]"] == "model: train changed"
     assert reasons["int8[student]"] == "model: student changed"
-    assert "search" not in reasons
-    assert len(reasons) == len(finished.nodes) - 1
+    assert reasons.keys() == finished.nodes.keys() - {"search", "train"}
 
 
 @pytest.mark.parametrize(
@@ -61,14 +60,14 @@ def test_a_changed_value_reaches_everything_that_needs_it(copy, finished):
 )
 def test_what_all_nodes_depend_on_reruns_them_all(copy, finished, setting):
     reasons = to_run(copy, setting)
-    assert len(reasons) == len(finished.nodes)
+    assert reasons.keys() == finished.nodes.keys()
     assert reasons["search"].split(" ")[0] == setting.split("=")[0]
 
 
 def test_editing_the_users_module_reruns_what_used_it(copy, finished):
     copy.module.write_text(copy.module.read_text() + "\n# a thought\n")
     reasons = to_run(copy)
-    assert len(reasons) == len(finished.nodes)
+    assert reasons.keys() == finished.nodes.keys()
     assert reasons["search"] == "toy.py changed"
     assert reasons["train"] == "toy.py changed; params: search changed"
 
@@ -98,7 +97,7 @@ def test_where_and_how_it_runs_reruns_nothing(copy, settings):
 
 def test_a_store_may_move(copy, finished):
     copy.store.rename(copy.folder / "moved")
-    assert len(to_run(copy)) == len(finished.nodes)
+    assert to_run(copy).keys() == finished.nodes.keys()
     assert to_run(copy, "storage=moved") == {}
 
 

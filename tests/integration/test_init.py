@@ -16,7 +16,8 @@ def test_the_project_that_init_makes_runs_from_another_folder(heliostat, tmp_pat
     file = tmp_path / "mine" / "pipeline.yaml"
     assert f"next: heliostat run {file}" in made.stdout
     smaller = ["stages.search.config.trials=2", "stages.search.config.train.epochs=1", "stages.train.config.epochs=3"]
-    smaller += ["stages.prune.config.finetune_epochs=1", "stages.best.config.max_drop={val_accuracy: 0.5}"]
+    smaller += ["stages.prune.matrix={sparsity: [0.5]}", "stages.prune.config.finetune_epochs=1"]
+    smaller += ["stages.best.config.max_drop={val_accuracy: 0.5}"]
     done = heliostat("run", file, "--json", *(word for s in smaller for word in ("--set", s)), timeout=550)
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)

@@ -137,6 +137,7 @@ def test_the_model_is_on_the_server_too(away, delivered):
     torch.testing.assert_close(predicted, public.load_model(folder)(batch), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_reports_to_a_server_that_is_up(away, delivered, server, heliostat):
     toy, _ = away
     done = heliostat("run", toy.file, "--set", "stages.train.config.epochs=4", "--json")

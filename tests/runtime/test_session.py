@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from heliostat.errors import SpecError
+from heliostat.runtime import session
+
 SCRIPT = """
     import sys, time, warnings
     from pathlib import Path
@@ -104,3 +107,11 @@ def test_nothing_of_ray_outlives_an_interrupted_or_killed_driver_and_the_next_on
     assert all_gone(started)
     again = start(tmp_path, then="pass")
     assert again.wait(120) == 0
+
+
+def test_an_address_where_no_ray_answers_is_refused_at_once(tmp_path):
+    with (
+        pytest.raises(SpecError, match=r"--address 127\.0\.0\.1:1: no Ray answers there"),
+        session.start("127.0.0.1:1", log=tmp_path / "ray.log", root=tmp_path),
+    ):
+        pass

@@ -8,6 +8,7 @@ print, and what C++ code writes to file descriptor 2. The latter points at the l
 import logging
 import os
 import shutil
+import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from heliostat.errors import ResourceError
+from heliostat.errors import HeliostatError, SpecError
 from heliostat.runtime.environment import SWITCHES
 
 SHIPPED_EXCEPT = [".git", ".venv", ".heliostat", "__pycache__", "*.pyc"]
 """What of the pipeline's folder does not travel to a cluster."""
 
+CONNECT_TIMEOUT_S = 5.0
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -50,7 +52,7 @@ def start(address: str | None = None, *, log: Path, root: Path, num_cpus: int | 
 
     `root` is the folder of the user's modules; it is shipped to a cluster. The embedded Ray ends with the block, and
     with the process whatever ends it. The kernel ties it to the *thread* that enters the block: that thread must live
-    as long as the session. Raises ResourceError when nothing answers at `address`.
+    as long as the session. Raises SpecError when nothing answers at `address`.
     """
     import ray
 
@@ -71,12 +73,21 @@ def start(address: str | None = None, *, log: Path, root: Path, num_cpus: int | 
                 from heliostat.runtime.auth import use_token_if_present
 
                 use_token_if_present()
+                _check_answers(address)
                 context = ray.init(address=address, logging_format=LOG_FORMAT, runtime_env=_shipped(root))
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            where = "an embedded Ray does not start" if address is None else f"no Ray answers at {address!r}"
-            raise ResourceError(f"{where}: {error} (Ray's own log: {log})") from error
+        except (OSError, RuntimeError, ValueError) as error:
+            if address is None:
+                raise HeliostatError(f"an embedded Ray does not start: {error} (Ray's own log: {log})") from error
+            raise SpecError(f"--address {address}: no Ray answers there: {error} (Ray's own log: {log})") from error
         stack.callback(_end, temp / Path(context.address_info["session_dir"]).name if address is None else None)
         yield Session(embedded=address is None, log=log)
+
+
+def _check_answers(address: str) -> None:
+    """Raises ConnectionError at once where nothing listens: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _shipped(root: Path) -> dict[str, Any]:
