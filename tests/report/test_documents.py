@@ -71,8 +71,8 @@ def test_runs_are_listed_newest_first(tmp_path):
 
 
 def test_a_run_is_named_after_its_pipeline_and_the_time():
-    name, date, time = new_run_id("toy").split("-")
-    assert (name, len(date), len(time)) == ("toy", 8, 6)
+    name, date, time, milliseconds = new_run_id("toy").split("-")
+    assert (name, len(date), len(time), len(milliseconds)) == ("toy", 8, 6, 3)
 
 
 @pytest.fixture
