@@ -199,9 +199,10 @@ class Finished:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, toy_in, heliostat_in) -> Finished:
-    """The standard pipeline with a magnitude-pruned model and an export besides, run once from another folder."""
+    """The standard pipeline, trained by two workers, with two models more, run once and from another folder."""
     toy = toy_in(tmp_path_factory.mktemp("finished") / "toy")
     document = toy.document
+    document["stages"][1]["resources"] = {"workers": 2}
     best = document["stages"].pop()
     document["stages"] += [
         {
