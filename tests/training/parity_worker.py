@@ -122,6 +122,39 @@ def unused_parameter(world: World, folder: Path) -> str:
     return "trained"
 
 
+def loss_of_one_worker_is_nan(world: World, folder: Path) -> str:
+    """On the last rank, in the last step of an epoch: nothing later in it tells the others."""
+    data = {"train": blobs(20, 8), "val": blobs(9, 8)}
+    steps = iter(range(1, 100))
+
+    def explode(outputs: Tensor, batch: tuple[Any, ...]) -> Tensor:
+        loss = OBJECTIVE.loss(outputs, batch[1])
+        return loss * float("nan") if next(steps) == 6 and world.rank == world.size - 1 else loss
+
+    try:
+        fit(
+            mlp(),
+            data,
+            TrainConfig(epochs=3, batch_size=8),
+            objective=OBJECTIVE,
+            seed=0,
+            world=world,
+            batch_loss=explode,
+        )
+    except StageError as error:
+        answers = gathered(str(error), world)
+        assert len(set(answers)) == 1
+        return answers[0]
+    return "trained"
+
+
+def gathered(value: Any, world: World) -> list[Any]:
+    everyone: list[Any] = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone
+
+
 seen: list[list[int]] = []
 
 
@@ -139,15 +172,20 @@ def users_loop(world: World, folder: Path) -> dict[str, Any]:
     sys.modules["parity_worker"] = sys.modules["__main__"]
     task = SimpleNamespace(train_fn="parity_worker:own_loop", loss="torch.nn.functional:cross_entropy", metrics=())
     result = run_user_loop(task, TrainConfig(batch_size=4), world=world, seed=0)  # type: ignore[arg-type]
-    everyone: list[Any] = [None] * world.size
-    if world.size > 1:
-        dist.all_gather_object(everyone, seen)
-    else:
-        everyone = [seen]
-    return {"names": list(result.state), "val_loss": result.metrics["val_loss"], "batches": everyone}
+    return {"names": list(result.state), "val_loss": result.metrics["val_loss"], "batches": gathered(seen, world)}
 
 
-SCENARIOS = (curve, in_parts, exact_metrics, batch_norm, one_worker_stops, resumed, users_loop, unused_parameter)
+SCENARIOS = (
+    curve,
+    in_parts,
+    exact_metrics,
+    batch_norm,
+    one_worker_stops,
+    resumed,
+    users_loop,
+    loss_of_one_worker_is_nan,
+    unused_parameter,
+)
 
 
 def main(rank: int, size: int, folder: Path) -> None:

@@ -89,6 +89,11 @@ def test_a_users_loop_reports_the_first_workers_row_and_plain_names(results: Res
     assert outcome["names"] == ["0.weight", "0.bias", "2.weight", "2.bias"]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_all_workers_fail_together_where_the_loss_of_one_is_not_finite(results: Results, size: int) -> None:
+    assert "the training loss became nan in epoch 2, step 3" in results[size]["loss_of_one_worker_is_nan"]
+
+
 def test_a_parameter_without_gradient_is_named_where_ddp_would_hang(results: Results) -> None:
     assert results[1]["unused_parameter"] == "trained"
     assert "the loss does not depend on spare" in results[2]["unused_parameter"]

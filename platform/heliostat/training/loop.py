@@ -145,7 +145,7 @@ def _train_epoch(
         accumulate_steps=config.accumulate_steps,
     )
     autocast = torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16")
-    losses = _LossMeter(epoch=epoch)
+    losses = _LossMeter(epoch=epoch, world=world)
     step, lr = 1, 0.0
 
     model.train()
@@ -172,7 +172,7 @@ def _train_epoch(
         step += 1
 
     copy_buffers_from_first(unwrap(model), world=world)
-    total = sum_over_workers(losses.total(device=world.device), world=world).item()
+    total = losses.total()
     seconds = time.perf_counter() - started
     return {"train_loss": total / num_samples, "lr": lr, "train_samples_per_s": num_samples / seconds}
 
@@ -191,29 +191,36 @@ def _forward_backward(
 
 
 class _LossMeter:
-    """The sum of an epoch's losses over samples, and the watch over them: every loss must be finite."""
+    """The sum of an epoch's losses over the samples of all workers, and the watch over them: every loss must be finite.
 
-    def __init__(self, *, epoch: int) -> None:
-        self._epoch = epoch
-        self._pending: list[tuple[int, int, Tensor]] = []
+    The workers settle after the same steps, together, so that all of them learn of a bad loss at once: none waits in a
+    collective for a peer that has given up.
+    """
+
+    def __init__(self, *, epoch: int, world: World) -> None:
+        self._epoch, self._world = epoch, world
+        self._pending: dict[int, Tensor] = {}
+        """This worker's sum of losses of each step that is not settled yet."""
         self._sum = 0.0
 
     def add(self, loss: Tensor, share: Share, *, step: int) -> None:
-        self._pending.append((step, share.num_samples, loss))
-        if len(self._pending) == LOSS_CHECK_STEPS:
+        self._pending[step] = self._pending.get(step, 0.0) + loss.double() * share.num_samples
+        if share.ends_step and len(self._pending) == LOSS_CHECK_STEPS:
             self._settle()
 
-    def total(self, *, device: torch.device) -> Tensor:
+    def total(self) -> float:
         self._settle()
-        return torch.tensor(self._sum, dtype=torch.float64, device=device)
+        return self._sum
 
     def _settle(self) -> None:
-        losses = torch.stack([loss for _, _, loss in self._pending]).tolist() if self._pending else []
-        for (step, num_samples, _), loss in zip(self._pending, losses):
-            if not math.isfinite(loss):
+        if not self._pending:
+            return
+        sums = sum_over_workers(torch.stack(list(self._pending.values())), world=self._world).tolist()
+        for step, loss_sum in zip(self._pending, sums):
+            if not math.isfinite(loss_sum):
                 raise StageError(
-                    f"the training loss became {loss} in epoch {self._epoch}, step {step}; "
+                    f"the training loss became {loss_sum} in epoch {self._epoch}, step {step}; "
                     "a lower optimizer.lr, scheduler.warmup_epochs or clip_grad_norm may help"
                 )
-            self._sum += loss * num_samples
+            self._sum += loss_sum
         self._pending.clear()
