@@ -17,6 +17,7 @@ LEVELS = [
     {"runtime"},
     {"stages", "report"},
     {"history"},
+    {"execution"},
     {"runner"},
     {"cli"},
 ]

@@ -5,7 +5,7 @@ import torch
 
 from heliostat.compression.export import save_onnx
 from heliostat.compression.formats import load_model, save_torch
-from heliostat.compression.measure import compare_outputs, latency, measure_speed, num_params, size_mb
+from heliostat.compression.measure import compare_outputs, measure_speed, num_params, size_mb
 from heliostat.compression.verdict import why_not_faster
 
 
@@ -32,12 +32,13 @@ def test_size_counts_what_is_deployed(linear):
 
 def test_models_are_timed_in_turns_and_each_often_enough():
     calls = []
-    models = {name: lambda batch, name=name: calls.append(name) for name in ("a", "b")}
-    figures = latency(models, torch.zeros(1), min_seconds=0.03)
-    assert [name for name, before in zip(calls, [None, *calls]) if name != before][:4] == ["a", "b", "a", "b"]
-    for timed in figures.values():
-        assert timed["runs"] >= 20
-        assert 0 < timed["p50_ms"] <= timed["p95_ms"]
+    models = {name: (lambda batch, name=name: calls.append((name, len(batch))), torch.zeros(1, 2)) for name in "ab"}
+    figures = measure_speed(models, min_seconds=0.03)
+    turns = [call for call, before in zip(calls, [None, *calls]) if call != before]
+    assert turns[:4] == [("a", 1), ("b", 1), ("a", 32), ("b", 32)]
+    assert min(sum(called == name for called, _ in calls) for name in "ab") >= 50
+    for speed in figures.values():
+        assert 0 < speed["latency_ms"] <= speed["latency_ms_p95"]
 
 
 def test_timing_leaves_threads_garbage_collector_and_mode_as_they_were():
@@ -49,7 +50,7 @@ def test_timing_leaves_threads_garbage_collector_and_mode_as_they_were():
         )
     )
     torch.set_num_threads(2)
-    latency({"model": model}, torch.zeros(1, 2), min_seconds=0.0)
+    measure_speed({"model": (model, torch.zeros(1, 2))}, min_seconds=0.0)
     assert set(seen) == {(1, False, False, True)}
     assert (torch.get_num_threads(), gc.isenabled(), model.training) == (2, True, True)
 
@@ -57,29 +58,25 @@ def test_timing_leaves_threads_garbage_collector_and_mode_as_they_were():
 def test_timing_restores_everything_when_a_model_fails():
     torch.set_num_threads(2)
     with pytest.raises(ZeroDivisionError):
-        latency({"model": lambda batch: 1 / 0}, torch.zeros(1))
+        measure_speed({"model": (lambda batch: 1 / 0, torch.zeros(1))})
     assert (torch.get_num_threads(), gc.isenabled()) == (2, True)
 
 
 def test_speed_has_the_names_that_files_rely_on(linear):
     model, folder = linear
-    figures = measure_speed(load_model(folder / "onnx"), example=torch.randn(3, 6), baseline=model, min_seconds=0.01)
-    assert set(figures) == {
-        "latency_ms",
-        "latency_ms_p95",
-        "latency_ms_b32",
-        "latency_ms_b32_p95",
-        "throughput_per_s",
-        "speedup",
-        "speedup_b32",
-    }
-    assert figures["throughput_per_s"] == pytest.approx(32e3 / figures["latency_ms_b32"])
+    rows = torch.randn(3, 6)
+    models = {"onnx": (load_model(folder / "onnx"), rows), "eager": (model, rows)}
+    figures = measure_speed(models, min_seconds=0.01)
+    names = {"latency_ms", "latency_ms_p95", "latency_ms_b32", "latency_ms_b32_p95", "throughput_per_s"}
+    assert {name: set(speed) for name, speed in figures.items()} == {"onnx": names, "eager": names}
+    assert figures["onnx"]["throughput_per_s"] == pytest.approx(32e3 / figures["onnx"]["latency_ms_b32"])
 
 
-def test_a_batch_is_made_of_the_example_whatever_its_size():
+def test_a_batch_is_made_of_the_models_own_rows_whatever_its_size():
     sizes = []
-    measure_speed(lambda batch: sizes.append(len(batch)), example=torch.zeros(5, 2), batches=(1, 12), min_seconds=0.0)
-    assert set(sizes) == {1, 12}
+    models = {width: (lambda batch: sizes.append(batch.shape), torch.zeros(5, width)) for width in (2, 3)}
+    measure_speed(models, batches=(1, 12), min_seconds=0.0)
+    assert set(sizes) == {(1, 2), (12, 2), (1, 3), (12, 3)}
 
 
 def test_outputs_are_compared_over_all_rows():

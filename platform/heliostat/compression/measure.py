@@ -9,10 +9,10 @@ in the record.
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from heliostat.compression.formats import Model, deployed_files, load_torch, read_record
 
 Runnable = Callable[[Tensor], Any]
+Name = TypeVar("Name", bound=Hashable)
 
 TURN_S = 0.01
 """How long one model runs before it is the next one's turn. The first run of a turn is a warm-up and not counted."""
@@ -73,93 +74,77 @@ def size_mb(folder: Path) -> float:
 # --- speed ----------------------------------------------------------------------------------------------------------
 
 
-def latency(
-    models: Mapping[str, Runnable], batch: Tensor, *, threads: int = 1, min_seconds: float = 0.3, min_runs: int = 20
-) -> dict[str, dict[str, float]]:
-    """How long each model takes for `batch`: `{name: {"p50_ms", "p95_ms", "runs"}}`.
-
-    Each model is timed for `min_seconds` and `min_runs`, whichever takes longer, in turns with the others, with the
-    garbage collector off and on `threads` threads. A torch module runs in eval and inference mode.
-    """
-    times_ns = _times_ns(models, batch, threads=threads, min_seconds=min_seconds, min_runs=min_runs)
-    return {name: _summary(times) for name, times in times_ns.items()}
-
-
-def _times_ns(
-    models: Mapping[str, Runnable], batch: Tensor, *, threads: int, min_seconds: float, min_runs: int
-) -> dict[str, list[int]]:
-    with _steady(threads):
-        runs = {name: _runnable(model, threads) for name, model in models.items()}
-        times_ns: dict[str, list[int]] = {name: [] for name in models}
-        training = [m for m in models.values() if isinstance(m, nn.Module) and m.training]
-        try:
-            for module in training:
-                module.eval()
-            waiting = list(runs)
-            while waiting:
-                for name in waiting:
-                    times_ns[name] += _turn(runs[name], batch)
-                waiting = [n for n in waiting if len(times_ns[n]) < min_runs or sum(times_ns[n]) < min_seconds * 1e9]
-        finally:
-            for module in training:
-                module.train()
-    return times_ns
-
-
-def _summary(times_ns: Sequence[int]) -> dict[str, float]:
-    p50, p95 = np.percentile(times_ns, [50, 95])
-    return {"p50_ms": float(p50) / 1e6, "p95_ms": float(p95) / 1e6, "runs": len(times_ns)}
-
-
 def measure_speed(
-    model: Runnable,
+    models: Mapping[Name, tuple[Runnable, Tensor]],
     *,
-    example: Tensor,
-    baseline: Runnable | None = None,
     batches: Sequence[int] = (1, 32),
     threads: int = 1,
     min_seconds: float = 0.3,
-) -> dict[str, float]:
-    """The speed of `model` as metrics, by default on one thread.
+) -> dict[Name, dict[str, float]]:
+    """The speed of each model as metrics, all timed in turns in this process, by default on one thread.
 
     `latency_ms` and `latency_ms_p95` are at batch 1, `latency_ms_b32` and `latency_ms_b32_p95` at 32 and so on, and
-    `throughput_per_s` is rows per second at the largest batch. With a `baseline`, timed in turns with the model,
-    `speedup` (batch 1) and `speedup_b32` say how many times faster than it the model is.
+    `throughput_per_s` is rows per second at the largest batch. Each model is timed for `min_seconds` at each batch
+    size, with the garbage collector off; a torch module runs in eval and inference mode.
 
     Args:
-        example: rows of inputs, repeated to make each batch. Real data: the speed may depend on it.
+        models: for each name what is to be timed and rows of its inputs, which are repeated to make each batch. Real
+            data: the speed may depend on it.
     """
-    timed = {"model": model} | ({"baseline": baseline} if baseline else {})
-    times_ns: dict[int, dict[str, list[int]]] = {size: {name: [] for name in timed} for size in batches}
-    for _ in range(ROUNDS):
-        for size, so_far in times_ns.items():
-            batch = example.repeat(-(-size // len(example)), *[1] * (example.ndim - 1))[:size]
-            more = _times_ns(timed, batch, threads=threads, min_seconds=min_seconds / ROUNDS, min_runs=MIN_RUNS)
-            for name, times in more.items():
-                so_far[name] += times
+    times_ns: dict[int, dict[Name, list[int]]] = {size: {name: [] for name in models} for size in batches}
+    with _steady(threads, [model for model, _ in models.values()]):
+        runs = {name: _runnable(model, threads) for name, (model, _) in models.items()}
+        for _ in range(ROUNDS):
+            for size, so_far in times_ns.items():
+                turns = {name: (runs[name], _batch(rows, size)) for name, (_, rows) in models.items()}
+                for name, times in _take_turns(turns, min_seconds=min_seconds / ROUNDS).items():
+                    so_far[name] += times
+    return {name: _speed({size: times_ns[size][name] for size in batches}) for name in models}
+
+
+def _batch(rows: Tensor, size: int) -> Tensor:
+    return rows.repeat(-(-size // len(rows)), *[1] * (rows.ndim - 1))[:size]
+
+
+def _take_turns(models: Mapping[Name, tuple[Runnable, Tensor]], *, min_seconds: float) -> dict[Name, list[int]]:
+    """The times of the runs of each model, in ns: at least `MIN_RUNS`, and `min_seconds` of them."""
+    times_ns: dict[Name, list[int]] = {name: [] for name in models}
+    waiting = list(models)
+    while waiting:
+        for name in waiting:
+            times_ns[name] += _turn(*models[name])
+        waiting = [n for n in waiting if len(times_ns[n]) < MIN_RUNS or sum(times_ns[n]) < min_seconds * 1e9]
+    return times_ns
+
+
+def _speed(times_ns: Mapping[int, Sequence[int]]) -> dict[str, float]:
     metrics: dict[str, float] = {}
-    for size, by_model in times_ns.items():
-        figures = {name: _summary(times) for name, times in by_model.items()}
+    for size, times in times_ns.items():
         suffix = "" if size == 1 else f"_b{size}"
-        metrics[f"latency_ms{suffix}"] = figures["model"]["p50_ms"]
-        metrics[f"latency_ms{suffix}_p95"] = figures["model"]["p95_ms"]
-        if baseline:
-            metrics[f"speedup{suffix}"] = figures["baseline"]["p50_ms"] / figures["model"]["p50_ms"]
-        if size == max(batches):
-            metrics["throughput_per_s"] = size / figures["model"]["p50_ms"] * 1e3
+        p50_ns, p95_ns = np.percentile(times, [50, 95])
+        metrics[f"latency_ms{suffix}"] = float(p50_ns) / 1e6
+        metrics[f"latency_ms{suffix}_p95"] = float(p95_ns) / 1e6
+        if size == max(times_ns):
+            metrics["throughput_per_s"] = size / float(p50_ns) * 1e9
     return metrics
 
 
 @contextmanager
-def _steady(threads: int) -> Iterator[None]:
+def _steady(threads: int, models: Sequence[Runnable]) -> Iterator[None]:
+    """So many threads, no garbage collection, and the torch modules among `models` in eval and inference mode."""
     before, collects = torch.get_num_threads(), gc.isenabled()
+    training = [model for model in models if isinstance(model, nn.Module) and model.training]
     torch.set_num_threads(threads)
     gc.collect()
     gc.disable()
     try:
+        for module in training:
+            module.eval()
         with torch.inference_mode():
             yield
     finally:
+        for module in training:
+            module.train()
         torch.set_num_threads(before)
         if collects:
             gc.enable()

@@ -2,6 +2,8 @@
 
 A node's folder is `{storage}/{pipeline}/{stage}/{fingerprint}/`. `record.json` in it is written last, to a temporary
 name and renamed: a record present means done and reusable, a record absent means not done, whatever else is there.
+A model that waits for its speed to be measured has `made.json` meanwhile, the same record without those figures: after
+a crash it is not made again.
 """
 
 import hashlib
@@ -16,6 +18,7 @@ from typing import Any
 from heliostat.errors import ArtifactError
 
 RECORD = "record.json"
+MADE = "made.json"
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,12 @@ class Artifact:
 def write_record(folder: Path, record: Record) -> None:
     """Write `record.json`, last and atomically: after this returns, the node is done even if the power goes."""
     write_json(folder / RECORD, asdict(record))
+    (folder / MADE).unlink(missing_ok=True)
+
+
+def write_made(folder: Path, record: Record) -> None:
+    """Keep what was made, whose speed is still to be measured."""
+    write_json(folder / MADE, asdict(record))
 
 
 def artifact_json(record: Record) -> str:
@@ -82,9 +91,9 @@ def write_json(path: Path, document: Any) -> None:
     temporary.rename(path)
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Path, name: str = RECORD) -> Record | None:
     """The record of a node's folder, or None when the node is not done. Raises ArtifactError for a damaged record."""
-    path = folder / RECORD
+    path = folder / name
     try:
         return Record(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -93,9 +102,12 @@ def read_record(folder: Path) -> Record | None:
         raise ArtifactError(f"{path} is damaged ({error}); delete that folder and run again") from error
 
 
-def find_artifact(folder: Path) -> Artifact | None:
-    """The artifact in a node's folder if the node is done and its files are all there at their recorded sizes."""
-    record = read_record(folder)
+def find_artifact(folder: Path, name: str = RECORD) -> Artifact | None:
+    """The artifact in a node's folder if the node is done and its files are all there at their recorded sizes.
+
+    With the name `MADE`, one that waits to be measured.
+    """
+    record = read_record(folder, name)
     if record is None:
         return None
     for name, entry in record.files.items():

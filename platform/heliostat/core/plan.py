@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from heliostat.core import imports
-from heliostat.core.artifact import Artifact, Record, find_artifact, records
+from heliostat.core.artifact import MADE, Artifact, Record, find_artifact, records
 from heliostat.core.identity import explain_change, fingerprint
 from heliostat.core.model import Spec
 from heliostat.core.paths import set_path, why_not_a_path
@@ -280,6 +280,8 @@ class _History:
 
     def _why(self, node: Node) -> str:
         before = self._latest.get(node.name)
+        if find_artifact(node.folder, MADE) is not None:
+            return "made; its speed is left to be measured"
         if before is None:
             started = node.folder.is_dir() and any(node.folder.iterdir())
             return "goes on where it was interrupted" if started else "first run"

@@ -21,6 +21,7 @@ from heliostat.core.spec import Resources, Task
 from heliostat.errors import SpecError, nearest
 
 Place = Literal["driver", "task"]
+Measured = Literal["later", "before", "together"]
 
 
 class Reporter(Protocol):
@@ -131,6 +132,9 @@ class StageKind:
     check: Check
     keeps_metrics: bool
     """The model is one that was measured already, so its metrics are the result's own."""
+    measured: Measured
+    """When the speed of the models that go in is measured: `later` (the stage does not look at it, and need not wait),
+    `before` it starts, or `together`, in one measurement of all of them, so that they can be compared."""
     reference: str
 
 
@@ -152,6 +156,7 @@ def stage(
     workload: Callable[[Any], Mapping[str, int]] = lambda config: {},
     check: Check = lambda config, view: (),
     keeps_metrics: bool = False,
+    measured: Measured = "before",
 ) -> Callable[[F], F]:
     """Declare a stage kind over `function(context, config) -> StageResult`; `config` is annotated with its model."""
 
@@ -176,6 +181,7 @@ def stage(
             workload=workload,
             check=check,
             keeps_metrics=keeps_metrics,
+            measured=measured,
             reference=reference,
         )
         function.__stage_kind__ = kind  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MARKS = {"ran": ("✓", "green"), "reused": ("=", "cyan"), "failed": ("✗", "red"), "skipped": ("-", "yellow")}
 SHOWN = ("val_accuracy", "test_accuracy", "val_loss", "size_mb", "latency_ms")
+MADE = "made; its speed is measured when the machine is free"
 LINE_EVERY_S = 10.0
 """In a log, how often a node that is under way says how far it is."""
 
@@ -53,6 +54,9 @@ class PlainView:
         if time.monotonic() - self._said.get(node.name, 0.0) >= LINE_EVERY_S:
             self._said[node.name] = time.monotonic()
             self._say(f"{node.name}: {describe_progress(fields)}")
+
+    def made(self, node: "Node", metrics: Mapping[str, float]) -> None:
+        self._say(f"{node.name}: {', '.join([*_figures(metrics), MADE])}")
 
     def ended(self, outcome: "NodeOutcome") -> None:
         self._say(f"{outcome.name}: {describe_outcome(outcome)}")
@@ -92,6 +96,9 @@ class LiveView:
     def progress(self, node: "Node", fields: Mapping[str, Any]) -> None:
         with self._lock:
             self._fields[node.name] = {**self._fields.get(node.name, {}), **fields}
+
+    def made(self, node: "Node", metrics: Mapping[str, float]) -> None:
+        self.progress(node, {**metrics, "doing": MADE})
 
     def ended(self, outcome: "NodeOutcome") -> None:
         with self._lock:
@@ -138,8 +145,11 @@ def describe_progress(fields: Mapping[str, Any]) -> str:
             parts.append(f"best {figure(fields['best'])}")
         return ", ".join(parts)
     parts = [f"epoch {fields['epoch']}"] if "epoch" in fields else []
-    parts += [f"{name} {figure(fields[name])}" for name in SHOWN if name in fields]
-    return ", ".join([*parts, *([fields["doing"]] if "doing" in fields else [])])
+    return ", ".join([*parts, *_figures(fields), *([fields["doing"]] if "doing" in fields else [])])
+
+
+def _figures(fields: Mapping[str, Any]) -> list[str]:
+    return [f"{name} {figure(fields[name])}" for name in SHOWN if name in fields]
 
 
 def describe_outcome(outcome: "NodeOutcome", *, brief: bool = False) -> str:
@@ -147,7 +157,7 @@ def describe_outcome(outcome: "NodeOutcome", *, brief: bool = False) -> str:
     if outcome.error is not None:
         text = outcome.error.partition("\n")[0] if brief else outcome.error
         return text if brief else f"{outcome.status}: {text}"
-    shown = ", ".join(f"{name} {figure(outcome.metrics[name])}" for name in SHOWN if name in outcome.metrics)
+    shown = ", ".join(_figures(outcome.metrics))
     if brief:
         return shown
     took = f" in {duration(outcome.seconds)}" if outcome.status == "ran" else ""

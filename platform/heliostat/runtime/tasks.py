@@ -7,12 +7,13 @@ comes back as it was when it is one of ours, and as a StageError with the functi
 import os
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray import cloudpickle
+from ray._private.state import available_resources_per_node
 from ray.exceptions import (
     ActorDiedError,
     NodeDiedError,
@@ -44,12 +45,15 @@ def run_task(
     """`function(*args)` in a worker that holds `cpus` CPUs and computes with so many threads.
 
     `retries` is how often it runs again after its process died; an exception is never retried. `exclusive` holds every
-    CPU of one node, so that nothing else disturbs a measurement; the threads are still `cpus`. Raises KeyboardInterrupt
+    CPU of one node, an idle one if there is one, so that nothing else disturbs a measurement; the threads are still
+    `cpus`. Raises KeyboardInterrupt
     when `cancel` is set, StageError when the function raises or its process dies.
     """
     held: dict[str, Any] = {"num_cpus": cpus}
     if exclusive:
-        node = max((n for n in ray.nodes() if n["Alive"]), key=lambda n: n["Resources"].get("CPU", 0))
+        free = available_resources_per_node()
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        node = max(nodes, key=lambda n: (_is_idle(n, free), n["Resources"].get("CPU", 0)))
         held = {
             "num_cpus": node["Resources"].get("CPU", 0),
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
@@ -74,6 +78,17 @@ def run_task(
         raise value
     result: R = value
     return result
+
+
+def has_idle_node() -> bool:
+    """Whether, of several nodes of the cluster, one has nothing to do. On a single node the answer is always no."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    free = available_resources_per_node()
+    return len(nodes) > 1 and any(_is_idle(node, free) for node in nodes)
+
+
+def _is_idle(node: Mapping[str, Any], free: Mapping[str, Mapping[str, float]]) -> bool:
+    return bool(free.get(node["NodeID"], {}).get("CPU", 0) == node["Resources"].get("CPU", 0))
 
 
 def _in_worker(call: bytes, root: Path, threads: int) -> tuple[str, Any]:

@@ -37,6 +37,7 @@ def _check(config: DistillConfig, view: ConfigView) -> Iterator[str]:
     "distill",
     inputs={"teacher": "model"},
     output="model",
+    measured="later",
     workload=lambda config: {"epochs": config.epochs},
     check=_check,
 )

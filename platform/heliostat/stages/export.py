@@ -20,7 +20,7 @@ def _check(config: ExportConfig, view: ConfigView) -> Iterator[str]:
             yield f"inputs.model: what {kind.name!r} makes is exported already; name the stage before it"
 
 
-@stage("export", inputs={"model": "model"}, output="model", check=_check)
+@stage("export", inputs={"model": "model"}, output="model", check=_check, measured="later")
 def export(context: StageContext, config: ExportConfig) -> StageResult:
     """Export the model in the slot `model` and compare the outcome, loaded again, with it."""
     from heliostat.compression.export import save_onnx

@@ -1,17 +1,51 @@
-"""What every model artifact is measured for, whichever stage made it. The runner calls both as Ray tasks.
+"""What every model artifact is measured for, whichever stage made it. A run calls both functions as Ray tasks.
 
-Quality is computed beside other work; speed with every CPU of a node held, since a busy neighbour falsifies it.
+Quality is computed beside other work. Speed is measured with every CPU of a node held, since a busy neighbour falsifies
+it, and of all models that wait for it in one go, in turns: only so can they be compared with each other.
 """
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from heliostat.core.artifact import Artifact
 from heliostat.core.spec import Task
 from heliostat.training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from heliostat.compression.formats import Model
+
 SECONDS_PER_BATCH_SIZE = 0.15
 """Every CPU of a node waits while speed is measured; so many seconds give thousands of runs of a small network."""
+LOADED_AT_ONCE_MB = 2000.0
+"""Larger models are measured in several groups, each with the models that its members came from."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of one model: its metrics, and how they compare with the model that it came from."""
+
+    metrics: Mapping[str, float]
+    details: Mapping[str, Any]
+    """`session` names the measurement: figures of one session can be compared. `speedup` and `why_not_faster` at
+    batch 1, and with the ending `_b32` at 32, say how it compares with its source; there is none without one."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be timed."""
+
+    folder: Path
+    params: Mapping[str, Any]
+    """The record's, which say how it was trained and so on which data."""
+    method: str
+    """What was done to it."""
+    source: Path | None = None
+    """The folder of the model that it came from."""
 
 
 def recipe_of(params: Mapping[str, Any]) -> TrainConfig:
@@ -19,7 +53,13 @@ def recipe_of(params: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig.model_validate(params.get("train", {}))
 
 
-def measure_quality(folder: Path, task: Task, recipe: TrainConfig) -> dict[str, float]:
+def session_of(artifact: Artifact) -> str | None:
+    """The measurement that the artifact's speed is from."""
+    session: str | None = artifact.record.details.get("speed", {}).get("session")
+    return session
+
+
+def measure_quality(folder: Path, task: Task, params: Mapping[str, Any]) -> dict[str, float]:
     """Loss and metrics on `val`, which choices use, and on `test`, which is only reported; size and parameters."""
     from heliostat.compression.formats import load_model
     from heliostat.compression.measure import num_params, size_mb
@@ -27,7 +67,7 @@ def measure_quality(folder: Path, task: Task, recipe: TrainConfig) -> dict[str, 
     from heliostat.training.task import build_data, build_objective
 
     model = load_model(folder)
-    data, objective = build_data(task, recipe.data_args), build_objective(task)
+    data, objective = build_data(task, recipe_of(params).data_args), build_objective(task)
     figures: dict[str, float] = {"size_mb": size_mb(folder), "num_params": num_params(folder)}
     for split in ("val", "test"):
         if split in data:
@@ -35,32 +75,83 @@ def measure_quality(folder: Path, task: Task, recipe: TrainConfig) -> dict[str, 
     return figures
 
 
-def measure_speed(
-    folder: Path, task: Task, recipe: TrainConfig, source: Path | None, method: str
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Latency (p50, p95) at batch 1 and 32 and throughput, one thread, on real samples.
+def measure_speeds(subjects: Sequence[Subject], task: Task) -> list[Speed | str]:
+    """Latency (p50, p95) at batch 1 and 32 and throughput of each model, one thread, on real samples, all in turns.
 
-    With a `source`, the model that this one came from, both are timed in turns, and the second result says how much
-    faster it got, or why it did not. `method` is what was done to it.
+    The models that they came from are timed with them. Of a model that does not load or run, the reason is given.
     """
+    session = uuid.uuid4().hex
+    measured: dict[Path, Speed | str] = {}
+    for group in _groups(subjects):
+        measured |= _measure_group(group, task, session)
+    return [measured[subject.folder] for subject in subjects]
+
+
+def _groups(subjects: Sequence[Subject]) -> Iterator[list[Subject]]:
+    """The subjects in groups whose models, with those that they came from, can be loaded at once."""
+    from heliostat.compression.measure import size_mb
+
+    group: list[Subject] = []
+    loaded: dict[Path, float] = {}
+    for subject in subjects:
+        more = {folder: size_mb(folder) for folder in (subject.folder, subject.source) if folder is not None}
+        if group and sum({**loaded, **more}.values()) > LOADED_AT_ONCE_MB:
+            yield group
+            group, loaded = [], {}
+        group.append(subject)
+        loaded |= more
+    if group:
+        yield group
+
+
+def _measure_group(group: Sequence[Subject], task: Task, session: str) -> dict[Path, Speed | str]:
+    from heliostat.compression.measure import measure_speed
+
+    ready: dict[Path, tuple[Callable[[Tensor], Any], Tensor]] = {}
+    failed: dict[Path, Speed | str] = {}
+    for subject in group:
+        for folder in (subject.folder, subject.source):
+            if folder is not None and folder not in ready:
+                try:
+                    ready[folder] = _load(folder, task, subject.params)
+                except Exception as error:  # a user's model may raise anything; the others are measured all the same
+                    failed[subject.folder] = f"its speed cannot be measured: {type(error).__name__}: {error}"
+    figures = measure_speed(ready, min_seconds=SECONDS_PER_BATCH_SIZE)
+    measured = {
+        subject.folder: Speed(figures[subject.folder], {"session": session, **_against_source(subject, figures)})
+        for subject in group
+        if subject.folder not in failed
+    }
+    return {**measured, **failed}
+
+
+def _load(folder: Path, task: Task, params: Mapping[str, Any]) -> "tuple[Model, Tensor]":
+    """The model, after a first run, and rows of its inputs."""
     from heliostat.compression.formats import load_model
-    from heliostat.compression.measure import measure_speed as measure
+    from heliostat.stages.models import samples
+
+    model, rows = load_model(folder), samples(task, recipe_of(params), split="val", count=32)
+    model(rows)
+    return model, rows
+
+
+def _against_source(subject: Subject, figures: Mapping[Path, Mapping[str, float]]) -> dict[str, Any]:
+    """How much faster than the model that it came from, and if it is not, why."""
     from heliostat.compression.measure import num_params
     from heliostat.compression.verdict import CAUSES, why_not_faster
-    from heliostat.stages.models import describe, samples
+    from heliostat.stages.models import describe
 
-    example = samples(task, recipe, split="val", count=32)
-    baseline = load_model(source) if source else None
-    figures = measure(load_model(folder), example=example, baseline=baseline, min_seconds=SECONDS_PER_BATCH_SIZE)
-    if source is None:
-        return figures, {}
-    facts = describe(folder).get("quantization") or {"params_ratio": num_params(folder) / num_params(source)}
-    verdict: dict[str, Any] = {}
+    if subject.source is None:
+        return {}
+    facts = describe(subject.folder).get("quantization") or {
+        "params_ratio": num_params(subject.folder) / num_params(subject.source)
+    }
+    own, source = figures[subject.folder], figures[subject.source]
+    compared: dict[str, Any] = {}
     for suffix in ("", "_b32"):
-        speedup = figures.pop(f"speedup{suffix}")
-        verdict[f"speedup{suffix}"] = speedup
-        if method in CAUSES:
-            latency_ms = figures[f"latency_ms{suffix}"]
-            why = why_not_faster(speedup, method=method, facts=facts, latency_ms=latency_ms)
-            verdict[f"why_not_faster{suffix}"] = why
-    return figures, {name: value for name, value in verdict.items() if value is not None}
+        latency_ms = own[f"latency_ms{suffix}"]
+        compared[f"speedup{suffix}"] = speedup = source[f"latency_ms{suffix}"] / latency_ms
+        if subject.method in CAUSES:
+            why = why_not_faster(speedup, method=subject.method, facts=facts, latency_ms=latency_ms)
+            compared |= {f"why_not_faster{suffix}": why} if why else {}
+    return compared

@@ -39,6 +39,7 @@ def _check(config: PruneConfig, view: ConfigView) -> Iterator[str]:
     "prune",
     inputs={"model": "model"},
     output="model",
+    measured="later",
     workload=lambda config: {"epochs": config.finetune_epochs},
     check=_check,
 )

@@ -35,7 +35,7 @@ def _check(config: QuantizeConfig, view: ConfigView) -> Iterator[str]:
             yield "inputs.model: it is quantized already; name the stage before it"
 
 
-@stage("quantize", inputs={"model": "model"}, output="model", check=_check)
+@stage("quantize", inputs={"model": "model"}, output="model", check=_check, measured="later")
 def quantize(context: StageContext, config: QuantizeConfig) -> StageResult:
     """Quantize the model in the slot `model` and compare the outcome with it."""
     import torch

@@ -47,6 +47,7 @@ def _check(config: SelectConfig, view: ConfigView) -> Iterator[str]:
     needs=lambda resources: (0, 0),
     check=_check,
     keeps_metrics=True,
+    measured="together",
 )
 def select(context: StageContext, config: SelectConfig) -> StageResult:
     """Choose. The artifact is a copy of the chosen model; the record has a verdict on every candidate."""

@@ -24,6 +24,7 @@ def _needs(resources: Resources) -> tuple[float, float]:
     "train",
     inputs={"params": "params?"},
     output="model",
+    measured="later",
     place="driver",
     needs=_needs,
     workload=lambda config: {"epochs": config.epochs},
@@ -61,6 +62,6 @@ def train(context: StageContext, config: TrainConfig) -> StageResult:
             "best_epoch": fitted.epoch,
             "epochs": fitted.epochs,
             "history": fitted.history,
-            "parity": parity(context, config, model, against="the model before saving"),
+            "parity": {"reload": parity(context, config, model, against="the model before saving")},
         },
     )

@@ -1,0 +1,326 @@
+"""Carrying out a plan: every node is made, measured and recorded; independent nodes side by side.
+
+    make (the stage's function)  ->  quality  ->  made.json  ->  speed, with others that wait  ->  record.json
+
+Each node has a thread that waits for it: stages that drive Ray themselves run in that thread, all others in a Ray task.
+Speed needs a node of the cluster to itself, so it is measured when nothing else can go on, of all models that wait for
+it in one go; stages that do not look at it start before that. A failed node stops those that need it and no others.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from heliostat.core.artifact import (
+    MADE,
+    Artifact,
+    Record,
+    digest_files,
+    find_artifact,
+    keep_only,
+    write_made,
+    write_record,
+)
+from heliostat.core.outcome import NodeOutcome, Status, View
+from heliostat.core.plan import Node, Plan, artifact_of
+from heliostat.core.stage import StageContext, StageResult, call_stage
+from heliostat.errors import HeliostatError, StageError
+from heliostat.history import History
+from heliostat.stages.measure import Speed, Subject, measure_quality, measure_speeds, session_of
+
+POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A node whose model is there, on disk too, and waits for its speed to be measured."""
+
+    node: Node
+    record: Record
+
+
+class Execution:
+    """One run of a plan. The main thread hands out work; threads of a pool wait for it."""
+
+    def __init__(self, planned: Plan, history: History, view: View) -> None:
+        self._plan, self._history, self._view = planned, history, view
+        self._cancel = threading.Event()
+        self._outcomes: dict[str, NodeOutcome] = {}
+        self._made: dict[str, Record] = {}
+        """Of every node that was made in this run, measured or not."""
+        self._unmeasured: list[_Made] = []
+
+    def run(self) -> tuple[list[NodeOutcome], bool]:
+        """The outcome of every node in the plan's order, and whether the run was interrupted."""
+        interrupted = False
+        with ThreadPoolExecutor(max_workers=len(self._plan.nodes) + 1, thread_name_prefix="node") as pool:
+            running: dict[Future[list[NodeOutcome | _Made]], list[Node]] = {}
+            try:
+                while True:
+                    for node in self._ready([node for nodes in running.values() for node in nodes]):
+                        running[pool.submit(self._make, node)] = [node]
+                    if self._unmeasured and self._is_time_to_measure(running.values()):
+                        waiting, self._unmeasured = self._unmeasured, []
+                        running[pool.submit(self._measure, waiting)] = [made.node for made in waiting]
+                    if not running:
+                        break
+                    done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        del running[future]
+                        self._take(future.result())
+            except KeyboardInterrupt:
+                interrupted = True
+                self._view.note("stopping: what is finished is kept")
+                self._cancel.set()
+                for future in running:
+                    self._take(future.result())
+                for made in self._unmeasured:
+                    self._settle(self._interrupted(made.node))
+            finally:
+                self._cancel.set()
+        for node in self._plan.nodes:
+            if node.name not in self._outcomes:
+                self._settle(outcome_of(node, "skipped", error="interrupted"))
+        return [self._outcomes[node.name] for node in self._plan.nodes], interrupted
+
+    def _take(self, results: Iterable[NodeOutcome | _Made]) -> None:
+        for result in results:
+            if isinstance(result, NodeOutcome):
+                self._settle(result)
+            else:
+                self._made[result.node.name] = result.record
+                self._unmeasured.append(result)
+
+    def _settle(self, outcome: NodeOutcome) -> None:
+        self._outcomes[outcome.name] = outcome
+        self._view.ended(outcome)
+
+    # --- what may start ---------------------------------------------------------------------------
+
+    def _ready(self, running: Sequence[Node]) -> Iterator[Node]:
+        """Nodes to start now. On the way, those that are reused or can never run are settled."""
+        for node in self._plan.nodes:
+            if node.name in self._outcomes or node.name in self._made or node in running:
+                continue
+            if node.status == "reuse":
+                self._history.reused(node)
+                self._settle(reused(node))
+                continue
+            failed = [up.name for up in node.upstream if self._status(up) in {"failed", "skipped"}]
+            if failed:
+                self._settle(outcome_of(node, "skipped", error=f"needs {', '.join(failed)}"))
+            elif all(self._is_there(up, for_node=node) for up in node.upstream):
+                yield node
+
+    def _status(self, node: Node) -> Status | None:
+        outcome = self._outcomes.get(node.name)
+        return outcome.status if outcome else None
+
+    def _is_there(self, node: Node, *, for_node: Node) -> bool:
+        return self._status(node) is not None or (node.name in self._made and for_node.kind.measured == "later")
+
+    def _is_time_to_measure(self, running: Iterable[Sequence[Node]]) -> bool:
+        """When nothing else runs, or when a whole node of the cluster has nothing to do."""
+        from heliostat.runtime.tasks import has_idle_node
+
+        return not list(running) or has_idle_node()
+
+    # --- making -----------------------------------------------------------------------------------
+
+    def _make(self, node: Node) -> list[NodeOutcome | _Made]:
+        """Run the stage and measure the quality of its model; what has no speed to be measured is recorded."""
+        self._view.started(node)
+        self._history.started(node)
+        started = time.monotonic()
+        try:
+            record = self._made_before(node) or self._run_stage(node)
+            if _has_speed(node):
+                write_made(node.folder, record)
+                self._view.made(node, record.metrics)
+                return [_Made(node, record)]
+            return [self._finish(node, record)]
+        except KeyboardInterrupt:
+            return [self._interrupted(node)]
+        except Exception as error:
+            return [self._failed(node, error, seconds=time.monotonic() - started)]
+
+    def _made_before(self, node: Node) -> Record | None:
+        """What an interrupted run made of the node."""
+        if node.reason.startswith("forced"):
+            shutil.rmtree(node.folder, ignore_errors=True)
+        found = find_artifact(node.folder, MADE)
+        return found.record if found else None
+
+    def _run_stage(self, node: Node) -> Record:
+        pipeline = self._plan.pipeline
+        node.folder.mkdir(parents=True, exist_ok=True)
+        started_at, started = datetime.now(UTC), time.monotonic()
+        context = StageContext(
+            node=node.name,
+            folder=node.folder,
+            root=pipeline.root,
+            task=pipeline.task,
+            seed=pipeline.seed,
+            resources=node.resources,
+            inputs=self._inputs(node),
+            reporter=self._history.reporter(node, self._view),
+            cancel=self._cancel,
+        )
+        result = self._call(node, context)
+        metrics = dict(result.metrics)
+        if _has_speed(node):
+            self._view.progress(node, {"doing": "measuring"})
+            metrics |= self._task(node, measure_quality, node.folder, pipeline.task, result.params)
+        keep_only(node.folder, result.files)
+        return Record(
+            kind=node.kind.output,
+            pipeline=pipeline.name,
+            node=node.name,
+            stage=node.stage,
+            uses=node.uses,
+            fingerprint=node.fingerprint,
+            identity=node.identity,
+            metrics=metrics,
+            params=result.params,
+            details=result.details,
+            inputs={
+                slot: [{"node": n.name, "fingerprint": n.fingerprint} for n in nodes]
+                for slot, nodes in node.inputs.items()
+            },
+            files=digest_files(node.folder, result.files),
+            versions=self._history.versions,
+            git_commit=self._history.git_commit,
+            started_at=started_at.isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - started, 3),
+        )
+
+    def _inputs(self, node: Node) -> dict[str, tuple[Artifact, ...]]:
+        inputs = {slot: tuple(map(self._artifact, nodes)) for slot, nodes in node.inputs.items()}
+        return self._measured_together(node, inputs) if node.kind.measured == "together" else inputs
+
+    def _artifact(self, node: Node) -> Artifact:
+        if node.name in self._made and self._status(node) is None:
+            return Artifact(node.folder, self._made[node.name])
+        return artifact_of(node)
+
+    def _call(self, node: Node, context: StageContext) -> StageResult:
+        if node.kind.place == "driver":
+            return node.kind.function(context, node.config)
+        from heliostat.runtime.mailbox import relay
+
+        config = node.config.model_dump(mode="json", exclude_unset=True)
+        with relay(context.reporter) as remote:
+            result: StageResult = self._task(
+                node,
+                call_stage,
+                node.kind.reference,
+                replace(context, reporter=remote, cancel=None),
+                config,
+                cpus=node.resources.cpus_per_worker,
+                gpus=node.resources.gpus_per_worker,
+            )
+        return result
+
+    def _task(self, node: Node, *call: Any, **held: Any) -> Any:
+        from heliostat.runtime.tasks import run_task
+
+        return run_task(*call, root=self._plan.pipeline.root, retries=node.retries, cancel=self._cancel, **held)
+
+    # --- measuring speed --------------------------------------------------------------------------
+
+    def _measure(self, waiting: Sequence[_Made]) -> list[NodeOutcome | _Made]:
+        """Measure the speed of all that wait for it, in one go, and record them."""
+        outcomes: list[NodeOutcome | _Made] = []
+        try:
+            measured = self._speeds(waiting)
+        except KeyboardInterrupt:
+            return [self._interrupted(made.node) for made in waiting]
+        for (node, record), speed in zip(((made.node, made.record) for made in waiting), measured):
+            try:
+                if isinstance(speed, str):
+                    raise StageError(speed)
+                outcomes.append(self._finish(node, _with_speed(record, speed)))
+            except Exception as error:
+                outcomes.append(self._failed(node, error, seconds=record.seconds))
+        return outcomes
+
+    def _speeds(self, waiting: Sequence[_Made]) -> list[Speed | str]:
+        """Their speeds, or why there is none. A model that brings the measurement down does so to itself alone."""
+        subjects = [self._subject(made.node, made.record) for made in waiting]
+        try:
+            return self._measure_exclusively(waiting[0].node, subjects)
+        except StageError as error:
+            if len(waiting) == 1:
+                return [str(error)]
+            return [speed for made in waiting for speed in self._speeds([made])]
+
+    def _measure_exclusively(self, node: Node, subjects: Sequence[Subject]) -> list[Speed | str]:
+        measured: list[Speed | str] = self._task(
+            node, measure_speeds, subjects, self._plan.pipeline.task, exclusive=True
+        )
+        return measured
+
+    def _subject(self, node: Node, record: Record) -> Subject:
+        source = next((up.folder for up in node.upstream if up.kind.output == "model"), None)
+        return Subject(node.folder, record.params, getattr(node.config, "method", node.kind.name), source)
+
+    def _measured_together(
+        self, node: Node, inputs: Mapping[str, tuple[Artifact, ...]]
+    ) -> dict[str, tuple[Artifact, ...]]:
+        """The inputs with speeds that can be compared: measured again where they are not of one measurement."""
+        artifacts = {artifact.folder: artifact for group in inputs.values() for artifact in group}
+        sessions = {session_of(artifact) for artifact in artifacts.values()}
+        if len(sessions) > 1 or None in sessions:
+            self._view.progress(node, {"doing": "measuring all of them again, together"})
+            subjects = [Subject(a.folder, a.record.params, a.record.uses) for a in artifacts.values()]
+            for artifact, speed in zip(list(artifacts.values()), self._measure_exclusively(node, subjects)):
+                if isinstance(speed, str):
+                    raise StageError(f"{artifact.node}: {speed}")
+                artifacts[artifact.folder] = replace(artifact, record=_with_speed(artifact.record, speed))
+        return {slot: tuple(artifacts[artifact.folder] for artifact in group) for slot, group in inputs.items()}
+
+    # --- recording --------------------------------------------------------------------------------
+
+    def _finish(self, node: Node, record: Record) -> NodeOutcome:
+        record = replace(record, tracking=self._history.ids(node))
+        write_record(node.folder, record)
+        self._history.finished(node, record)
+        return outcome_of(node, "ran", seconds=record.seconds, metrics=record.metrics)
+
+    def _failed(self, node: Node, error: Exception, *, seconds: float) -> NodeOutcome:
+        text = str(error) if isinstance(error, HeliostatError) else _with_traceback(error)
+        self._history.failed(node, text)
+        return outcome_of(node, "failed", seconds=seconds, error=text)
+
+    def _interrupted(self, node: Node) -> NodeOutcome:
+        self._history.ended(node, "KILLED")
+        return outcome_of(node, "skipped", error="interrupted")
+
+
+def _has_speed(node: Node) -> bool:
+    return node.kind.output == "model" and not node.kind.keeps_metrics
+
+
+def _with_speed(record: Record, speed: Speed) -> Record:
+    return replace(
+        record, metrics={**record.metrics, **speed.metrics}, details={**record.details, "speed": speed.details}
+    )
+
+
+def _with_traceback(error: Exception) -> str:
+    import traceback
+
+    return f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
+
+
+def outcome_of(node: Node, status: Status, **more: Any) -> NodeOutcome:
+    return NodeOutcome(node.name, node.stage, node.uses, status, node.fingerprint, node.folder, **more)
+
+
+def reused(node: Node) -> NodeOutcome:
+    return outcome_of(node, "reused", metrics=artifact_of(node).record.metrics)
