@@ -1,6 +1,6 @@
 """Carrying out a plan: every node is made, measured and recorded; independent nodes side by side.
 
-    make (the stage's function)  ->  quality  ->  made.json  ->  speed, with others that wait  ->  record.json
+    the stage's function  ->  quality  ->  record  ->  speed, of all that wait for it  ->  into the record
 
 Each node has a thread that waits for it: stages that drive Ray themselves run in that thread, all others in a Ray task.
 Speed needs a node of the cluster to itself, so it is measured when nothing else can go on, of all models that wait for
@@ -14,34 +14,26 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
-from heliostat.core.artifact import (
-    MADE,
-    Artifact,
-    Record,
-    digest_files,
-    find_artifact,
-    keep_only,
-    write_made,
-    write_record,
-)
+from heliostat.core.artifact import Artifact, Record, digest_files, keep_only, write_record
 from heliostat.core.outcome import NodeOutcome, Status, View
 from heliostat.core.plan import Node, Plan, artifact_of
 from heliostat.core.stage import StageContext, StageResult, call_stage
 from heliostat.errors import HeliostatError, StageError
 from heliostat.history import History
-from heliostat.stages.measure import Speed, Subject, measure_quality, measure_speeds, session_of
+from heliostat.stages.measure import Speed, Subject, measure_quality, measure_speeds
 
 POLL_S = 0.2
 
 
 @dataclass(frozen=True)
 class _Made:
-    """A node whose model is there, on disk too, and waits for its speed to be measured."""
+    """A node whose model is there and recorded, and waits for its speed to be measured."""
 
     node: Node
-    record: Record
+    artifact: Artifact
+    status: Literal["ran", "reused"]
 
 
 class Execution:
@@ -51,8 +43,8 @@ class Execution:
         self._plan, self._history, self._view = planned, history, view
         self._cancel = threading.Event()
         self._outcomes: dict[str, NodeOutcome] = {}
-        self._made: dict[str, Record] = {}
-        """Of every node that was made in this run, measured or not."""
+        self._made: set[str] = set()
+        """The nodes whose model is there, measured or not."""
         self._unmeasured: list[_Made] = []
 
     def run(self) -> tuple[list[NodeOutcome], bool]:
@@ -80,7 +72,7 @@ class Execution:
                 for future in running:
                     self._take(future.result())
                 for made in self._unmeasured:
-                    self._settle(self._interrupted(made.node))
+                    self._settle(self._left_unmeasured(made))
             finally:
                 self._cancel.set()
         for node in self._plan.nodes:
@@ -93,7 +85,7 @@ class Execution:
             if isinstance(result, NodeOutcome):
                 self._settle(result)
             else:
-                self._made[result.node.name] = result.record
+                self._made.add(result.node.name)
                 self._unmeasured.append(result)
 
     def _settle(self, outcome: NodeOutcome) -> None:
@@ -109,7 +101,7 @@ class Execution:
                 continue
             if node.status == "reuse":
                 self._history.reused(node)
-                self._settle(reused(node))
+                self._take([_Made(node, artifact_of(node), "reused") if node.unmeasured else reused(node)])
                 continue
             failed = [up.name for up in node.upstream if self._status(up) in {"failed", "skipped"}]
             if failed:
@@ -133,31 +125,28 @@ class Execution:
     # --- making -----------------------------------------------------------------------------------
 
     def _make(self, node: Node) -> list[NodeOutcome | _Made]:
-        """Run the stage and measure the quality of its model; what has no speed to be measured is recorded."""
+        """Run the stage, measure the quality of the model that it made, if any, and record both."""
         self._view.started(node)
         self._history.started(node)
         started = time.monotonic()
         try:
-            record = self._made_before(node) or self._run_stage(node)
-            if _has_speed(node):
-                write_made(node.folder, record)
-                self._view.made(node, record.metrics)
-                return [_Made(node, record)]
-            return [self._finish(node, record)]
+            record = self._run_stage(node)
+            write_record(node.folder, record)
+            self._history.finished(node, record)
         except KeyboardInterrupt:
-            return [self._interrupted(node)]
+            self._history.ended(node, "KILLED")
+            return [outcome_of(node, "skipped", error="interrupted")]
         except Exception as error:
             return [self._failed(node, error, seconds=time.monotonic() - started)]
-
-    def _made_before(self, node: Node) -> Record | None:
-        """What an interrupted run made of the node."""
-        if node.reason.startswith("forced"):
-            shutil.rmtree(node.folder, ignore_errors=True)
-        found = find_artifact(node.folder, MADE)
-        return found.record if found else None
+        if not node.has_speed:
+            return [outcome_of(node, "ran", seconds=record.seconds, metrics=record.metrics)]
+        self._view.made(node, record.metrics)
+        return [_Made(node, Artifact(node.folder, record), "ran")]
 
     def _run_stage(self, node: Node) -> Record:
         pipeline = self._plan.pipeline
+        if node.reason.startswith("forced"):
+            shutil.rmtree(node.folder, ignore_errors=True)
         node.folder.mkdir(parents=True, exist_ok=True)
         started_at, started = datetime.now(UTC), time.monotonic()
         context = StageContext(
@@ -173,7 +162,7 @@ class Execution:
         )
         result = self._call(node, context)
         metrics = dict(result.metrics)
-        if _has_speed(node):
+        if node.has_speed:
             self._view.progress(node, {"doing": "measuring"})
             metrics |= self._task(node, measure_quality, node.folder, pipeline.task, result.params)
         keep_only(node.folder, result.files)
@@ -193,6 +182,7 @@ class Execution:
                 for slot, nodes in node.inputs.items()
             },
             files=digest_files(node.folder, result.files),
+            tracking=self._history.ids(node),
             versions=self._history.versions,
             git_commit=self._history.git_commit,
             started_at=started_at.isoformat(timespec="seconds"),
@@ -200,13 +190,8 @@ class Execution:
         )
 
     def _inputs(self, node: Node) -> dict[str, tuple[Artifact, ...]]:
-        inputs = {slot: tuple(map(self._artifact, nodes)) for slot, nodes in node.inputs.items()}
+        inputs = {slot: tuple(map(artifact_of, nodes)) for slot, nodes in node.inputs.items()}
         return self._measured_together(node, inputs) if node.kind.measured == "together" else inputs
-
-    def _artifact(self, node: Node) -> Artifact:
-        if node.name in self._made and self._status(node) is None:
-            return Artifact(node.folder, self._made[node.name])
-        return artifact_of(node)
 
     def _call(self, node: Node, context: StageContext) -> StageResult:
         if node.kind.place == "driver":
@@ -234,49 +219,52 @@ class Execution:
     # --- measuring speed --------------------------------------------------------------------------
 
     def _measure(self, waiting: Sequence[_Made]) -> list[NodeOutcome | _Made]:
-        """Measure the speed of all that wait for it, in one go, and record them."""
-        outcomes: list[NodeOutcome | _Made] = []
+        """Measure the speed of all that wait for it, in one go, and put it into their records."""
         try:
-            measured = self._speeds(waiting)
+            speeds = self._speeds(waiting)
         except KeyboardInterrupt:
-            return [self._interrupted(made.node) for made in waiting]
-        for (node, record), speed in zip(((made.node, made.record) for made in waiting), measured):
-            try:
-                if isinstance(speed, str):
-                    raise StageError(speed)
-                outcomes.append(self._finish(node, _with_speed(record, speed)))
-            except Exception as error:
-                outcomes.append(self._failed(node, error, seconds=record.seconds))
-        return outcomes
+            return [self._left_unmeasured(made) for made in waiting]
+        return [self._measured(made, speed) for made, speed in zip(waiting, speeds)]
 
     def _speeds(self, waiting: Sequence[_Made]) -> list[Speed | str]:
         """Their speeds, or why there is none. A model that brings the measurement down does so to itself alone."""
-        subjects = [self._subject(made.node, made.record) for made in waiting]
         try:
-            return self._measure_exclusively(waiting[0].node, subjects)
+            return self._measure_exclusively(waiting[0].node, [_subject(made.node, made.artifact) for made in waiting])
         except StageError as error:
             if len(waiting) == 1:
                 return [str(error)]
             return [speed for made in waiting for speed in self._speeds([made])]
 
     def _measure_exclusively(self, node: Node, subjects: Sequence[Subject]) -> list[Speed | str]:
-        measured: list[Speed | str] = self._task(
-            node, measure_speeds, subjects, self._plan.pipeline.task, exclusive=True
-        )
+        task = self._plan.pipeline.task
+        measured: list[Speed | str] = self._task(node, measure_speeds, subjects, task, exclusive=True)
         return measured
 
-    def _subject(self, node: Node, record: Record) -> Subject:
-        source = next((up.folder for up in node.upstream if up.kind.output == "model"), None)
-        return Subject(node.folder, record.params, getattr(node.config, "method", node.kind.name), source)
+    def _measured(self, made: _Made, speed: Speed | str) -> NodeOutcome:
+        node, record = made.node, made.artifact.record
+        try:
+            if isinstance(speed, str):
+                raise StageError(speed)
+            record = _with_speed(record, speed)
+            write_record(node.folder, record)
+        except Exception as error:
+            return self._failed(node, error, seconds=record.seconds)
+        self._history.measured(node, record, speed.metrics)
+        return outcome_of(node, made.status, seconds=record.seconds, metrics=record.metrics)
+
+    def _left_unmeasured(self, made: _Made) -> NodeOutcome:
+        """A run that was interrupted keeps the model; the next one measures it."""
+        record = made.artifact.record
+        return outcome_of(made.node, made.status, seconds=record.seconds, metrics=record.metrics)
 
     def _measured_together(
         self, node: Node, inputs: Mapping[str, tuple[Artifact, ...]]
     ) -> dict[str, tuple[Artifact, ...]]:
         """The inputs with speeds that can be compared: measured again where they are not of one measurement."""
         artifacts = {artifact.folder: artifact for group in inputs.values() for artifact in group}
-        sessions = {session_of(artifact) for artifact in artifacts.values()}
+        sessions = {(artifact.speed or {}).get("session") for artifact in artifacts.values()}
         if len(sessions) > 1 or None in sessions:
-            self._view.progress(node, {"doing": "measuring all of them again, together"})
+            self._view.progress(node, {"doing": "measuring all of them together"})
             subjects = [Subject(a.folder, a.record.params, a.record.uses) for a in artifacts.values()]
             for artifact, speed in zip(list(artifacts.values()), self._measure_exclusively(node, subjects)):
                 if isinstance(speed, str):
@@ -284,26 +272,15 @@ class Execution:
                 artifacts[artifact.folder] = replace(artifact, record=_with_speed(artifact.record, speed))
         return {slot: tuple(artifacts[artifact.folder] for artifact in group) for slot, group in inputs.items()}
 
-    # --- recording --------------------------------------------------------------------------------
-
-    def _finish(self, node: Node, record: Record) -> NodeOutcome:
-        record = replace(record, tracking=self._history.ids(node))
-        write_record(node.folder, record)
-        self._history.finished(node, record)
-        return outcome_of(node, "ran", seconds=record.seconds, metrics=record.metrics)
-
     def _failed(self, node: Node, error: Exception, *, seconds: float) -> NodeOutcome:
         text = str(error) if isinstance(error, HeliostatError) else _with_traceback(error)
         self._history.failed(node, text)
         return outcome_of(node, "failed", seconds=seconds, error=text)
 
-    def _interrupted(self, node: Node) -> NodeOutcome:
-        self._history.ended(node, "KILLED")
-        return outcome_of(node, "skipped", error="interrupted")
 
-
-def _has_speed(node: Node) -> bool:
-    return node.kind.output == "model" and not node.kind.keeps_metrics
+def _subject(node: Node, artifact: Artifact) -> Subject:
+    source = next((up.folder for up in node.upstream if up.kind.output == "model"), None)
+    return Subject(node.folder, artifact.record.params, getattr(node.config, "method", node.kind.name), source)
 
 
 def _with_speed(record: Record, speed: Speed) -> Record:

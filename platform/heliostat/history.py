@@ -90,6 +90,14 @@ class History:
             self._log_model(key, node, record)
         self._tracker.end_run(key, status="FINISHED")
 
+    def measured(self, node: Node, record: Record, speed: Mapping[str, float]) -> None:
+        """The speed of a model, which is measured later than the rest. What another run made is in that run's tree."""
+        if record.tracking.get("pipeline_run_id") != self.run_id:
+            return
+        key, epochs = self._key_of(node), record.details.get("history", ())
+        self._tracker.metrics(key, speed, step=len(epochs) + 1 if epochs else 0)
+        self._tracker.text(key, artifact_json(record), "record.json")
+
     def _log_model(self, key: str, node: Node, record: Record) -> None:
         from heliostat.stages.measure import recipe_of
         from heliostat.stages.models import samples

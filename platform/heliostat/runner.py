@@ -45,7 +45,7 @@ def run(
     """
     view = view or Unwatched()
     planned = plan_pipeline(pipeline, force=force)
-    if all(node.status == "reuse" for node in planned.nodes):
+    if all(node.status == "reuse" and not node.unmeasured for node in planned.nodes):
         return _all_reused(planned, view)
     with _only_run(pipeline, view):
         planned = plan_pipeline(pipeline, force=force)  # another run may have finished some of it meanwhile

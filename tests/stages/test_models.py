@@ -7,7 +7,7 @@ from heliostat.compression.formats import load_model
 from heliostat.compression.measure import num_params
 from heliostat.core.imports import resolve
 from heliostat.errors import ArtifactError, StageError
-from heliostat.stages.measure import measure_quality, recipe_of
+from heliostat.stages.measure import measure_quality
 from heliostat.training.config import TrainConfig
 
 GUARD = '''
@@ -109,11 +109,11 @@ def test_no_stage_that_makes_a_model_looks_at_the_test_split(bench, toy):
     bench.run("quantize", model=trained)
     bench.run("export", model=trained)
     with pytest.raises(AssertionError, match="somebody looked at the test split"):
-        measure_quality(trained.folder, bench.task, recipe_of(trained.record.params))
+        measure_quality(trained.folder, bench.task, trained.record.params)
 
 
 def test_quality_is_measured_on_both_held_out_splits(bench, trained):
-    figures = measure_quality(trained.folder, bench.task, recipe_of(trained.record.params))
+    figures = measure_quality(trained.folder, bench.task, trained.record.params)
     assert set(figures) == {"size_mb", "num_params", "val_loss", "val_accuracy", "test_loss", "test_accuracy"}
     assert figures["val_accuracy"] == pytest.approx(trained.metrics["val_accuracy"])
 

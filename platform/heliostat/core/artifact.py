@@ -2,8 +2,7 @@
 
 A node's folder is `{storage}/{pipeline}/{stage}/{fingerprint}/`. `record.json` in it is written last, to a temporary
 name and renamed: a record present means done and reusable, a record absent means not done, whatever else is there.
-A model that waits for its speed to be measured has `made.json` meanwhile, the same record without those figures: after
-a crash it is not made again.
+The speed of a model is measured later than the rest, and then put into its record.
 """
 
 import hashlib
@@ -18,7 +17,6 @@ from typing import Any
 from heliostat.errors import ArtifactError
 
 RECORD = "record.json"
-MADE = "made.json"
 
 
 @dataclass(frozen=True)
@@ -63,16 +61,16 @@ class Artifact:
     def metrics(self) -> Mapping[str, float]:
         return self.record.metrics
 
+    @property
+    def speed(self) -> Mapping[str, Any] | None:
+        """What the record says of how the model's speed was measured; None until it has been."""
+        found: Mapping[str, Any] | None = self.record.details.get("speed")
+        return found
+
 
 def write_record(folder: Path, record: Record) -> None:
     """Write `record.json`, last and atomically: after this returns, the node is done even if the power goes."""
     write_json(folder / RECORD, asdict(record))
-    (folder / MADE).unlink(missing_ok=True)
-
-
-def write_made(folder: Path, record: Record) -> None:
-    """Keep what was made, whose speed is still to be measured."""
-    write_json(folder / MADE, asdict(record))
 
 
 def artifact_json(record: Record) -> str:
@@ -91,9 +89,9 @@ def write_json(path: Path, document: Any) -> None:
     temporary.rename(path)
 
 
-def read_record(folder: Path, name: str = RECORD) -> Record | None:
+def read_record(folder: Path) -> Record | None:
     """The record of a node's folder, or None when the node is not done. Raises ArtifactError for a damaged record."""
-    path = folder / name
+    path = folder / RECORD
     try:
         return Record(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -102,12 +100,9 @@ def read_record(folder: Path, name: str = RECORD) -> Record | None:
         raise ArtifactError(f"{path} is damaged ({error}); delete that folder and run again") from error
 
 
-def find_artifact(folder: Path, name: str = RECORD) -> Artifact | None:
-    """The artifact in a node's folder if the node is done and its files are all there at their recorded sizes.
-
-    With the name `MADE`, one that waits to be measured.
-    """
-    record = read_record(folder, name)
+def find_artifact(folder: Path) -> Artifact | None:
+    """The artifact in a node's folder if the node is done and its files are all there at their recorded sizes."""
+    record = read_record(folder)
     if record is None:
         return None
     for name, entry in record.files.items():

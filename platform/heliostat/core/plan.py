@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from heliostat.core import imports
-from heliostat.core.artifact import MADE, Artifact, Record, find_artifact, records
+from heliostat.core.artifact import Artifact, Record, find_artifact, records
 from heliostat.core.identity import explain_change, fingerprint
 from heliostat.core.model import Spec
 from heliostat.core.paths import set_path, why_not_a_path
@@ -41,6 +41,13 @@ class Node:
     reason: str = ""
     estimate_s: float | None = None
     """The seconds that the stage's last node took, when the store knows one."""
+    unmeasured: bool = False
+    """The model is there and reused, but a run was cut off before its speed was measured."""
+
+    @property
+    def has_speed(self) -> bool:
+        """Whether it makes a model whose speed is to be measured."""
+        return self.kind.output == "model" and not self.kind.keeps_metrics
 
     @property
     def upstream(self) -> list["Node"]:
@@ -271,7 +278,9 @@ class _History:
         again = [up.name for up in node.upstream if up.reason.startswith("forced")]
         found = None if forced or again else find_artifact(node.folder)
         if found is not None:
-            return replace(node, status="reuse", reason=f"done {found.record.started_at}", estimate_s=0.0)
+            unmeasured = node.has_speed and found.speed is None
+            reason = f"done {found.record.started_at}" + ("; its speed is left to be measured" if unmeasured else "")
+            return replace(node, status="reuse", reason=reason, unmeasured=unmeasured, estimate_s=0.0)
         if forced or again:
             reason = "forced" + (f" with {', '.join(again)}" if again and not forced else "")
         else:
@@ -280,8 +289,6 @@ class _History:
 
     def _why(self, node: Node) -> str:
         before = self._latest.get(node.name)
-        if find_artifact(node.folder, MADE) is not None:
-            return "made; its speed is left to be measured"
         if before is None:
             started = node.folder.is_dir() and any(node.folder.iterdir())
             return "goes on where it was interrupted" if started else "first run"

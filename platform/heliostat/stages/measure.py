@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heliostat.core.artifact import Artifact
 from heliostat.core.spec import Task
 from heliostat.training.config import TrainConfig
 
@@ -51,12 +50,6 @@ class Subject:
 def recipe_of(params: Mapping[str, Any]) -> TrainConfig:
     """How the model was trained, as the record's params carry it from stage to stage; an own stage may not say."""
     return TrainConfig.model_validate(params.get("train", {}))
-
-
-def session_of(artifact: Artifact) -> str | None:
-    """The measurement that the artifact's speed is from."""
-    session: str | None = artifact.record.details.get("speed", {}).get("session")
-    return session
 
 
 def measure_quality(folder: Path, task: Task, params: Mapping[str, Any]) -> dict[str, float]:
