@@ -131,8 +131,8 @@ class Execution:
         started = time.monotonic()
         try:
             record = self._run_stage(node)
-            write_record(node.folder, record)
             self._history.finished(node, record)
+            write_record(node.folder, record)
         except KeyboardInterrupt:
             self._history.ended(node, "KILLED")
             return [outcome_of(node, "skipped", error="interrupted")]
@@ -246,10 +246,10 @@ class Execution:
             if isinstance(speed, str):
                 raise StageError(speed)
             record = _with_speed(record, speed)
+            self._history.measured(node, record, speed.metrics)
             write_record(node.folder, record)
         except Exception as error:
             return self._failed(node, error, seconds=record.seconds)
-        self._history.measured(node, record, speed.metrics)
         return outcome_of(node, made.status, seconds=record.seconds, metrics=record.metrics)
 
     def _left_unmeasured(self, made: _Made) -> NodeOutcome:

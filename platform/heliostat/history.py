@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from heliostat.core.outcome import View
 
 CLOSE_TIMEOUT_S = 60.0
-PARENT_ID_TIMEOUT_S = 30.0
 TRIAL_STATUS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "done": "FINISHED",
     "stopped": "FINISHED",
@@ -48,9 +47,11 @@ class History:
         try:
             yield history
         finally:
-            left = history.close()
-            if left:
-                note(f"{left} tracking events wait in {spool}; `heliostat sync` sends them when the server is back")
+            waiting = history.close()
+            if waiting:
+                note(f"{waiting} tracking events wait in {spool}; `heliostat sync` sends them when the server is back")
+            if tracker.lost:
+                note(f"{tracker.lost} tracking events are lost: neither {pipeline.tracking_uri} nor {spool} took them")
 
     def _begin(self) -> None:
         pipeline = self._plan.pipeline
@@ -77,6 +78,7 @@ class History:
         return NodeReporter(self._tracker, self._key_of(node), node, view)
 
     def finished(self, node: Node, record: Record) -> None:
+        """To be told before the record is written: a node that has one is reused, and not told of again."""
         key = self._key_of(node)
         epochs = record.details.get("history", ())
         for epoch, row in enumerate(epochs, 1):  # of those tracked already nothing changes; a crash may have lost one
@@ -91,7 +93,10 @@ class History:
         self._tracker.end_run(key, status="FINISHED")
 
     def measured(self, node: Node, record: Record, speed: Mapping[str, float]) -> None:
-        """The speed of a model, which is measured later than the rest. What another run made is in that run's tree."""
+        """The speed of a model, which is measured later than the rest. What another run made is in that run's tree.
+
+        As `finished`, to be told before the record is written.
+        """
         if record.tracking.get("pipeline_run_id") != self.run_id:
             return
         key, epochs = self._key_of(node), record.details.get("history", ())
@@ -121,7 +126,7 @@ class History:
         self._tracker.end_run(self._key, status=ends.get(status, "KILLED"))
 
     def ids(self, node: Node) -> dict[str, str]:
-        """What the record keeps of the tracking: store, experiment, and the run ids as far as they are known yet."""
+        """What the record keeps of the tracking: store, experiment, and run ids, as far as a server has given them."""
         pipeline = self._plan.pipeline
         known = {
             "uri": pipeline.tracking_uri,
@@ -137,7 +142,7 @@ class History:
         return self._tracker.run_id(self._key, 0.0)
 
     def close(self) -> int:
-        """Deliver what is left; the number of events that could not be delivered."""
+        """Deliver what is left; the number of events that wait in the spool."""
         return self._tracker.close(timeout_s=CLOSE_TIMEOUT_S)
 
 

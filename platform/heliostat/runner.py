@@ -45,16 +45,23 @@ def run(
     """
     view = view or Unwatched()
     planned = plan_pipeline(pipeline, force=force)
-    if all(node.status == "reuse" and not node.unmeasured for node in planned.nodes):
+    if _nothing_left(planned):
         return _all_reused(planned, view)
     with _only_run(pipeline, view):
         planned = plan_pipeline(pipeline, force=force)  # another run may have finished some of it meanwhile
-        return _run_plan(planned, address=address, view=view)
+        return _all_reused(planned, view) if _nothing_left(planned) else _run_plan(planned, address=address, view=view)
 
 
 def check_fits_here(planned: Plan) -> None:
     """Raises ResourceError for a node that this machine's CPUs can never hold, before any Ray is started to ask."""
     check_fits(planned, cpus=os.cpu_count() or 1, gpus=math.inf, where="this machine")
+
+
+def _nothing_left(planned: Plan) -> bool:
+    """Whether every node is done and measured, and the run that did the last of them lived to say so in MLflow."""
+    pipeline = planned.pipeline
+    done = all(node.status == "reuse" and not node.unmeasured for node in planned.nodes)
+    return done and not runs.was_cut_off(pipeline.storage_folder, pipeline.name)
 
 
 def _all_reused(planned: Plan, view: View) -> RunResult:

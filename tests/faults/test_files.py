@@ -11,6 +11,8 @@ import pytest
 
 import heliostat as public
 from heliostat.errors import ArtifactError
+from heliostat.tracking.replay import replay
+from heliostat.tracking.tracker import Tracker
 
 
 def node(copy, stage: str) -> Path:
@@ -86,6 +88,18 @@ def test_a_store_that_cannot_be_written_is_refused_before_anything_starts(toy, d
     assert "Traceback" not in done.stderr
 
 
+def test_events_that_neither_the_store_nor_the_spool_takes_are_lost_and_counted(disk):
+    (disk / "filler").write_bytes(bytes(2**20 - 4096))
+    tracking = Tracker(f"sqlite:///{disk}/mlflow.db", experiment="digits", spool=disk / "spool")
+    tracking.start_run("p", name="mnist")
+    for step in range(100):
+        tracking.metrics("p", {"loss": 1.0}, step=step)
+    waiting = tracking.close()
+    assert waiting + tracking.lost == 101
+    assert tracking.lost > 0
+    assert replay(disk / "spool").waiting == waiting
+
+
 @pytest.mark.slow
 def test_a_full_disk_fails_the_run_with_its_reason(toy, disk, heliostat):
     document = toy.document
@@ -95,6 +109,7 @@ def test_a_full_disk_fails_the_run_with_its_reason(toy, disk, heliostat):
     done = heliostat("run", toy.file, "--set", f"storage={disk / 'store'}")
     assert done.returncode == 1, done.stderr
     assert "train: failed: OSError: [Errno 28] No space left on device" in done.stderr
+    assert "tracking events are lost: neither sqlite:///" in done.stderr
     assert "Traceback" not in done.stderr
     (disk / "filler").unlink()
     again = heliostat("run", toy.file, "--set", f"storage={disk / 'store'}")

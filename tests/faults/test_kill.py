@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import subprocess
-import time
+import sys
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
@@ -38,8 +38,6 @@ def accuracy(outputs, targets):
 TRIALS = 5
 TRAIN_EPOCHS = 6
 TUNE_EPOCHS = 6
-TO_SPOOL_S = 0.2
-"""Tracking is told in the background: what happened less than some milliseconds before a kill may be missing there."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,6 @@ def story(tmp_path_factory, toy_in, heliostat_in, eventually, processes_with):
         )
         try:
             eventually(moment, what, unless=lambda: process.poll() is not None)
-            time.sleep(TO_SPOOL_S)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -223,16 +220,21 @@ def test_a_model_whose_speed_was_not_measured_yet_is_only_measured(story):
     assert now["metrics"]["latency_ms"] > 0
 
 
-def test_the_history_in_mlflow_is_complete_and_has_each_step_once(story):
+def runs_in_mlflow(done):
+    """The toy's runs by their names, and the client that found them."""
     from heliostat.tracking import quiet
 
     quiet.silence()
     import mlflow
 
-    document = json.loads(story.last.stdout)
-    client = mlflow.MlflowClient(document["tracking"]["uri"])
+    client = mlflow.MlflowClient(json.loads(done.stdout)["tracking"]["uri"])
     experiment = client.get_experiment_by_name("toy")
-    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id], max_results=1000)}
+    runs = client.search_runs([experiment.experiment_id], max_results=1000)
+    return {run.info.run_name: run for run in runs}, client
+
+
+def test_the_history_in_mlflow_is_complete_and_has_each_step_once(story):
+    runs, client = runs_in_mlflow(story.last)
     trials = [f"{n:04d}" for n in range(1, TRIALS + 1)]
     assert sorted(runs) == sorted(["toy", "search", *trials, "train", "prune", "best"])
     assert {name: run.info.status for name, run in runs.items() if run.info.status != "FINISHED"} == {}
@@ -240,3 +242,54 @@ def test_the_history_in_mlflow_is_complete_and_has_each_step_once(story):
     for name, epochs in {"train": TRAIN_EPOCHS, "prune": TUNE_EPOCHS, **dict.fromkeys(trials, 2)}.items():
         steps = [metric.step for metric in client.get_metric_history(runs[name].info.run_id, "val_loss")]
         assert [step for step in sorted(steps) if 1 <= step <= epochs] == list(range(1, epochs + 1)), name
+
+
+KILLED_AFTER = """
+import os, signal, sys
+from heliostat import execution
+from heliostat.cli import main
+from heliostat.runtime import journal
+
+def deadly(function, when):
+    def wrapped(*args):
+        function(*args)
+        if when(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return wrapped
+
+if sys.argv.pop(1) == "trial":
+    journal.Journal.append = deadly(journal.Journal.append, lambda _, event: isinstance(event, journal.Ended))
+else:
+    execution.write_record = deadly(execution.write_record, lambda *_: True)
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_instant_after_a_trial_or_a_node_leaves_no_run_open_in_mlflow(
+    toy, heliostat, eventually, processes_with
+):
+    document = toy.document
+    document["stages"] = document["stages"][:1]
+    document["stages"][0]["config"] |= {"trials": 2, "algorithm": "random"}
+    toy.write(document)
+    mark = f"TOY_FOLDER={toy.folder}"
+    for instant in ("trial", "node"):
+        killed = subprocess.run(
+            [sys.executable, "-P", "-c", KILLED_AFTER, instant, "run", str(toy.file)],
+            env={**heliostat.environment, "TOY_FOLDER": str(toy.folder)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL
+        eventually(lambda: not processes_with(mark), "processes outlive their driver")
+    done = heliostat("run", toy.file, "--json")
+    assert [node["status"] for node in json.loads(done.stdout)["nodes"]] == ["reused"], done.stderr
+
+    runs = runs_in_mlflow(done)[0]
+    assert {name: run.info.status for name, run in runs.items()} == dict.fromkeys(
+        ["toy", "search", "0001", "0002"], "FINISHED"
+    )
+    (journal,) = toy.folder.glob(".heliostat/toy/search/*/journal.jsonl")
+    assert sorted(ids(map(json.loads, journal.read_text().splitlines()), "ended")) == ["0001", "0002"]

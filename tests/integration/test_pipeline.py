@@ -238,7 +238,7 @@ def test_the_history_is_one_tree_of_pipeline_stages_and_trials(finished, tree):
     for node in finished.nodes:
         assert finished.record(node)["tracking"]["pipeline_run_id"] == top.info.run_id
         assert runs[node].data.tags["heliostat.fingerprint"] == finished.nodes[node]["fingerprint"]
-    assert finished.record("train")["tracking"]["run_id"] == runs["train"].info.run_id
+        assert finished.record(node)["tracking"]["run_id"] == runs[node].info.run_id
 
 
 def test_parameters_and_every_epoch_are_in_the_history(finished, tree):

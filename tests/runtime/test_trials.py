@@ -167,6 +167,18 @@ def test_an_interrupted_search_makes_the_suggestions_of_an_uninterrupted_one(run
     assert len(events(tmp_path / "torn", "ended")) == 8
 
 
+def test_the_history_is_told_of_an_end_before_the_journal_has_it(run, tmp_path, reporter):
+    """What the journal has is not told again on resume: it must have been told before."""
+    ended = []
+
+    class Checking(type(reporter)):
+        def trial_ended(self, trial, status, **more):
+            ended.append((trial, [event["id"] for event in events(tmp_path, "ended")]))
+
+    run(trials=2, reporter=Checking(), resources=ONE_AT_A_TIME)
+    assert ended == [("0001", []), ("0002", ["0001"])]
+
+
 def test_a_finished_search_is_not_run_again(run, reporter):
     first = run()
     reporter.started.clear()

@@ -15,8 +15,9 @@ def loss(step):
 
 def test_a_journal_gives_back_what_was_not_delivered(tmp_path):
     journal = Journal.create(tmp_path, TARGET)
-    mark_delivered(journal.append([loss(1), loss(2)]))
-    journal.append([loss(3), loss(4)])
+    mark_delivered([journal.append(loss(step)) for step in (1, 2)])
+    journal.append(loss(3))
+    journal.append(loss(4))
     journal.release()
 
     (again,) = left_behind(tmp_path)
@@ -27,7 +28,7 @@ def test_a_journal_gives_back_what_was_not_delivered(tmp_path):
 
 def test_a_journal_that_is_delivered_leaves_nothing(tmp_path):
     journal = Journal.create(tmp_path, TARGET)
-    mark_delivered(journal.append([loss(1)]))
+    mark_delivered([journal.append(loss(1))])
     assert len(list(tmp_path.iterdir())) == 2
     journal.release()
     assert list(tmp_path.iterdir()) == []
@@ -35,7 +36,8 @@ def test_a_journal_that_is_delivered_leaves_nothing(tmp_path):
 
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     journal = Journal.create(tmp_path, TARGET)
-    journal.append([loss(1), loss(2)])
+    journal.append(loss(1))
+    journal.append(loss(2))
     journal.release()
     (path,) = tmp_path.glob("*.jsonl")
     path.write_bytes(path.read_bytes()[:-5])
@@ -50,7 +52,7 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
 
 def test_a_journal_in_use_is_not_left_behind(tmp_path):
     journal = Journal.create(tmp_path, TARGET)
-    journal.append([loss(1)])
+    journal.append(loss(1))
     assert list(left_behind(tmp_path)) == []
     journal.release()
     assert len(list(left_behind(tmp_path))) == 1

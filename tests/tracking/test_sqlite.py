@@ -159,6 +159,24 @@ def test_after_kill_9_the_same_keys_have_every_step_once(uri, tmp_path, delay_s)
     assert list((tmp_path / "spool").iterdir()) == []
 
 
+def test_what_was_told_in_the_instant_before_a_kill_is_not_lost(uri, tmp_path):
+    script = """
+        import os, signal, sys
+        from pathlib import Path
+        from heliostat.tracking.tracker import Tracker
+
+        tracking = Tracker(sys.argv[1], experiment="digits", spool=Path(sys.argv[2]))
+        tracking.start_run("p", name="mnist")
+        tracking.metrics("p", {"loss": 1.0}, step=1)
+        tracking.end_run("p", status="FINISHED")
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert run_python(script, uri, tmp_path / "spool").wait() == -signal.SIGKILL
+    assert tracker(uri, tmp_path).close() == 0
+    (run,) = runs(uri)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 1.0})
+
+
 def test_two_processes_share_one_new_store(uri, tmp_path):
     script = """
         import sys
@@ -220,12 +238,13 @@ def test_a_store_that_cannot_be_made_keeps_events_for_the_next_tracker(tmp_path)
     tracking = tracker(uri, tmp_path)
     tracking.start_run("p", name="mnist")
     tracking.metrics("p", {"loss": 1.0}, step=1)
-    assert tracking.close() == 2
-    assert tracking.run_id("p", 0) is None
+    run_id = tracking.run_id("p", 0)  # it follows from the key
+    assert (tracking.close(), tracking.lost) == (2, 0)
 
     (tmp_path / "store").unlink()
     assert tracker(uri, tmp_path).close() == 0
-    assert runs(uri)[0].data.metrics == {"loss": 1.0}
+    (run,) = runs(uri)
+    assert (run.info.run_id, run.data.metrics) == (run_id, {"loss": 1.0})
 
 
 def test_a_run_deleted_in_mlflow_comes_back_when_it_is_started_again(uri, tmp_path):

@@ -1,7 +1,7 @@
 """The history of runs in a store: one JSON document a run under `runs/`, written when it starts and when it ends."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,18 @@ def write_run(storage: Path, run_id: str, document: Mapping[str, Any]) -> None:
 
 def read_runs(storage: Path) -> list[dict[str, Any]]:
     """Every run of the store, newest first. One that was killed still says `unfinished`."""
-    return [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted((storage / "runs").glob("*.json"), key=lambda p: p.stat().st_mtime, reverse=True)
-    ]
+    return list(_newest_first(storage))
+
+
+def was_cut_off(storage: Path, pipeline: str) -> bool:
+    """Whether the newest run of a pipeline was killed, or is still going on: what MLflow says of it is not complete."""
+    newest = next((run for run in _newest_first(storage) if run["pipeline"] == pipeline), None)
+    return newest is not None and newest["status"] == "unfinished"
+
+
+def _newest_first(storage: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted((storage / "runs").glob("*.json"), key=lambda p: p.stat().st_mtime, reverse=True):
+        yield json.loads(path.read_text(encoding="utf-8"))
 
 
 def find(storage: Path, name: str) -> dict[str, Any] | tuple[Path, Record]:

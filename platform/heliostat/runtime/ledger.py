@@ -1,7 +1,8 @@
-"""Where the events of a search pass through: it writes the journal, leads the engine and tells the reporter.
+"""Where the events of a search pass through: it leads the engine, tells the reporter and writes the journal.
 
-A ledger that is opened on a journal with events in it first leads its fresh engine through them. It is then where the
-interrupted search was: ended trials stay ended, and those under way come first in `next`.
+The reporter is told before the journal: what the journal has is not told again, while telling a thing a second time
+changes nothing. A ledger that is opened on a journal with events in it first leads its fresh engine through them. It is
+then where the interrupted search was: ended trials stay ended, and those under way come first in `next`.
 """
 
 import hashlib
@@ -47,8 +48,20 @@ class Ledger:
         self.standing.apply(event, metric=self.metric, mode=self._mode)
 
     def _record(self, event: Event) -> None:
-        self._journal.append(event)
         self._apply(event)
+        self._tell(event)
+        self._journal.append(event)
+
+    def _tell(self, event: Event) -> None:
+        match event:
+            case Suggested(trial) | Restarted(trial):
+                self._reporter.trial_started(trial, self.standing.open[trial].params)
+            case Reported(trial, rows):
+                for epoch, row in rows:
+                    self._reporter.metrics(row, step=epoch, trial=trial)
+            case Ended(trial, status, reason):
+                record = self.standing.ended[trial]
+                self._reporter.trial_ended(trial, status, metrics=record.metrics, reason=reason)
 
     def _value(self, trial: str) -> float | None:
         record = self.standing.ended[trial]
@@ -75,22 +88,17 @@ class Ledger:
                 return None
             self._record(Suggested(trial, suggested))
         self._started_at[trial] = time.monotonic()
-        params = self.standing.open[trial].params
-        self._reporter.trial_started(trial, params)
         self._show_progress()
-        return {"trial": trial, "params": json.dumps(params), "seed": trial_seed(self._seed, trial)}
+        params = json.dumps(self.standing.open[trial].params)
+        return {"trial": trial, "params": params, "seed": trial_seed(self._seed, trial)}
 
     def rows(self, trial: str, rows: Sequence[Row]) -> None:
         if rows:
             self._record(Reported(trial, rows))
-        for epoch, metrics in rows:
-            self._reporter.metrics(metrics, step=epoch, trial=trial)
 
     def ended(self, trial: str, status: Status, reason: str | None) -> None:
         self._record(Ended(trial, status, reason, time.monotonic() - self._started_at.pop(trial)))
         self._engine.observe(trial, self._value(trial))
-        record = self.standing.ended[trial]
-        self._reporter.trial_ended(trial, status, metrics=record.metrics, reason=reason)
         self._show_progress()
 
     def _show_progress(self) -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -36,19 +36,20 @@ class Journal:
         path = folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:6]}.jsonl"
         file = path.open("xb", buffering=0)
         fcntl.flock(file, fcntl.LOCK_EX)
-        header = json.dumps(asdict(target)).encode() + b"\n"
-        file.write(header)
-        return cls(path, file, target, len(header))
+        journal = cls(path, file, target, 0)
+        journal._write(json.dumps(asdict(target)))
+        journal._delivered = journal._end
+        return journal
 
-    def append(self, events: Sequence[Event]) -> list["Spooled"]:
-        block, spooled = bytearray(), []
-        for event in events:
-            block += to_json(event).encode() + b"\n"
-            spooled.append(Spooled(event, self, self._end + len(block)))
-        if self._file.write(block) != len(block):
+    def append(self, event: Event) -> "Spooled":
+        self._write(to_json(event))
+        return Spooled(event, self, self._end)
+
+    def _write(self, text: str) -> None:
+        line = text.encode() + b"\n"
+        if self._file.write(line) != len(line):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-        self._end += len(block)
-        return spooled
+        self._end += len(line)
 
     def undelivered(self) -> list["Spooled"]:
         """What an earlier process wrote and did not deliver. A last line that was cut off is left out."""

@@ -10,7 +10,6 @@ anything a second time meets the row that is there already.
 import math
 import sqlite3
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from heliostat.tracking.artifacts import copy_into, is_gone, write_text
 from heliostat.tracking.database import create_database
 from heliostat.tracking.events import KEY_TAG, PARENT_TAG, Event
 from heliostat.tracking.model import log_in_own_process
-from heliostat.tracking.writer import Target, UnavailableError, database_path
+from heliostat.tracking.writer import Target, UnavailableError, database_path, run_id_known
 
 BUSY_S = 20
 
@@ -116,7 +115,9 @@ class SqliteWriter:
         return experiment_id, location
 
     def _run_id(self, key: str) -> str:
-        return uuid.uuid5(uuid.NAMESPACE_URL, f"heliostat:{self._target.experiment}:{key}").hex
+        run_id = run_id_known(self._target, key)
+        assert run_id is not None
+        return run_id
 
     def _run_row(self, event: Event) -> Row:
         run = self._run_id(event.key)

@@ -1,19 +1,18 @@
-"""Tracking that never blocks and never kills a run.
+"""Tracking that never waits for its store and never kills a run.
 
-    caller --queue--> spooling thread --journal on disk, then backlog--> delivering thread --batches--> a writer
+    caller --> journal on disk and backlog --> delivering thread --batches--> a writer
 
-The caller's methods only put an event into a queue. One thread writes it to the journal at once, so that a process that
-is killed loses next to nothing; the other hands batches to the store and tries again, less and less often, while the
-store is away. What is not delivered when the process ends is delivered by the next tracker on the same spool, or by
-`replay`. A run is named by the caller's own key: the same key goes on with the same MLflow run.
+The caller's methods write an event to the journal and return: what was told before a process is killed is never lost.
+A thread hands batches to the store and tries again, less and less often, while the store is away. What is not delivered
+when the process ends is delivered by the next tracker on the same spool, or by `replay`. A run is named by the caller's
+own key: the same key goes on with the same MLflow run.
 """
 
 import logging
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from heliostat.tracking.context import source_tags
 from heliostat.tracking.events import Event, Kind, Status, cleaned
 from heliostat.tracking.spool import Journal, Spooled, left_behind, mark_delivered
-from heliostat.tracking.writer import Target, UnavailableError, Writer, absolute_uri, open_writer
+from heliostat.tracking.writer import Target, UnavailableError, Writer, absolute_uri, open_writer, run_id_known
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,22 +33,24 @@ _log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """The way to one experiment of one MLflow store. Every method may be called from any thread and returns at once."""
+    """The way to one experiment of one MLflow store.
+
+    Every method may be called from any thread, and waits for nothing but the disk that the spool is on.
+    """
 
     def __init__(self, uri: str, *, experiment: str, spool: Path) -> None:
         self._target = Target(absolute_uri(uri), experiment)
         self._spool = spool
         self._source = source_tags()
-        self._inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
-        self._changed = threading.Condition()  # guards the four below
+        self._changed = threading.Condition()  # guards all below
         self._backlog: deque[Spooled] = deque()
         self._run_ids: dict[str, str] = {}
-        self._all_spooled = False
+        self._closing = False
         self._stopped = False
         self._journals: list[Journal] = []
-        self._spooler = threading.Thread(target=self._spool_events, name="tracking-spool", daemon=True)
+        """Those of earlier processes, and last this tracker's own."""
+        self._journal = self._adopt_and_open()
         self._deliverer = threading.Thread(target=self._deliver_events, name="tracking-deliver", daemon=True)
-        self._spooler.start()
         self._deliverer.start()
 
     def start_run(
@@ -96,46 +97,53 @@ class Tracker:
         self._put("end", key, status=status)
 
     def run_id(self, key: str, timeout_s: float) -> str | None:
-        """The MLflow run id of `key`, once it has been started in the store; None when that takes longer."""
+        """The MLflow run id of `key`: at once where it follows from the key, as on SQLite.
+
+        Else as soon as the run has been started in the store; None when that takes longer.
+        """
+        known = run_id_known(self._target, key)
+        if known is not None:
+            return known
         with self._changed:
             self._changed.wait_for(lambda: key in self._run_ids or self._stopped, timeout_s)
             return self._run_ids.get(key)
 
     def close(self, *, timeout_s: float = 60.0) -> int:
-        """Deliver what is left. Returns the number of events that stay in the spool.
+        """Deliver what is left. Returns the number of events that wait in the spool; `lost` says what is not there.
 
         Waits for `timeout_s` at most, and not at all for a store that is away.
         """
-        self._inbox.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
         self._deliverer.join(timeout_s)
         with self._changed:
-            return len(self._backlog)
+            return sum(spooled.journal is not None for spooled in self._backlog)
+
+    @property
+    def lost(self) -> int:
+        """After `close`: the number of events that neither the store nor the spool has taken."""
+        with self._changed:
+            return sum(spooled.journal is None for spooled in self._backlog)
 
     def _put(self, kind: Kind, key: str, **data: Any) -> None:
-        self._inbox.put(Event(kind, key, time.time_ns() // 1_000_000, data))
-
-    # ---- the spooling thread
-
-    def _spool_events(self) -> None:
-        journal = self._adopt_and_open()
-        closing = False
-        while not closing:
-            events = [self._inbox.get()]
-            while not self._inbox.empty():
-                events.append(self._inbox.get())
-            closing = None in events
-            clean = list(_cleaned(event for event in events if event))
-            spooled = [Spooled(event) for event in clean]
-            if journal:
-                try:
-                    spooled = journal.append(clean)
-                except OSError as error:
-                    _log.warning("tracking goes on without its spool %s: %s", self._spool, error)
-                    journal = None
-            with self._changed:
-                self._backlog.extend(spooled)
-                self._all_spooled = closing
+        try:
+            event = cleaned(Event(kind, key, time.time_ns() // 1_000_000, data))
+        except (TypeError, ValueError) as error:
+            _log.warning("not tracked: %s of %s: %s", kind, key, error)
+            return
+        with self._changed:
+            if not self._backlog:
                 self._changed.notify_all()
+            self._backlog.append(self._spooled(event))
+
+    def _spooled(self, event: Event) -> Spooled:
+        if self._journal:
+            try:
+                return self._journal.append(event)
+            except OSError as error:
+                self._go_on_without_spool(error)
+        return Spooled(event)
 
     def _adopt_and_open(self) -> Journal | None:
         """Put first what earlier processes left behind for this target, and give a journal for what comes now."""
@@ -143,16 +151,18 @@ class Tracker:
             for journal in left_behind(self._spool):
                 if journal.target == self._target:
                     self._journals.append(journal)
-                    with self._changed:
-                        self._backlog.extend(journal.undelivered())
+                    self._backlog.extend(journal.undelivered())
                 else:
                     journal.release()
-            journal = Journal.create(self._spool, self._target)
+            self._journals.append(Journal.create(self._spool, self._target))
         except OSError as error:
-            _log.warning("tracking goes on without its spool %s: %s", self._spool, error)
+            self._go_on_without_spool(error)
             return None
-        self._journals.append(journal)
-        return journal
+        return self._journals[-1]
+
+    def _go_on_without_spool(self, error: OSError) -> None:
+        _log.warning("tracking goes on without its spool %s: %s", self._spool, error)
+        self._journal = None
 
     # ---- the delivering thread
 
@@ -171,10 +181,10 @@ class Tracker:
         pause_s = BATCH_S
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._backlog or self._all_spooled)
-                self._changed.wait_for(lambda: self._all_spooled, pause_s)  # the batch fills, or the store comes back
+                self._changed.wait_for(lambda: self._backlog or self._closing)
+                self._changed.wait_for(lambda: self._closing, pause_s)  # the batch fills, or the store comes back
                 batch = list(islice(self._backlog, BATCH_EVENTS))
-                closing = self._all_spooled
+                closing = self._closing
             if not batch:
                 break
             try:
@@ -182,7 +192,8 @@ class Tracker:
                 run_ids = writer.deliver([spooled.event for spooled in batch])
             except UnavailableError as error:
                 if pause_s == BATCH_S:
-                    _log.warning("%s is away; what happens is kept in %s: %s", self._target.uri, self._spool, error)
+                    place = self._spool if self._journal else "memory only"
+                    _log.warning("%s is away; what happens is kept in %s: %s", self._target.uri, place, error)
                 if closing:
                     break
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
@@ -204,11 +215,3 @@ class Tracker:
             mark_delivered(batch)
         except OSError as error:  # the batch will be delivered a second time, which changes nothing
             _log.warning("the spool %s cannot be written: %s", self._spool, error)
-
-
-def _cleaned(events: Iterable[Event]) -> Iterator[Event]:
-    for event in events:
-        try:
-            yield cleaned(event)
-        except (TypeError, ValueError) as error:
-            _log.warning("not tracked: %s of %s: %s", event.kind, event.key, error)

@@ -1,5 +1,6 @@
 """The protocol between the tracker and a store of MLflow, and the choice of the writer by the store's address."""
 
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,13 @@ def open_writer(target: Target) -> Writer:
     from heliostat.tracking.client import ClientWriter  # imports mlflow: 2.5 s of CPU
 
     return ClientWriter(target)
+
+
+def run_id_known(target: Target, key: str) -> str | None:
+    """The MLflow run id of `key` where it follows from the key, as in SQLite; a server makes its own."""
+    if not target.uri.startswith(SQLITE):
+        return None
+    return uuid.uuid5(uuid.NAMESPACE_URL, f"heliostat:{target.experiment}:{key}").hex
 
 
 def absolute_uri(uri: str) -> str:
