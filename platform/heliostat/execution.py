@@ -22,7 +22,7 @@ from heliostat.core.plan import Node, Plan, artifact_of
 from heliostat.core.stage import StageContext, StageResult, call_stage
 from heliostat.errors import HeliostatError, StageError
 from heliostat.history import History
-from heliostat.stages.measure import Speed, Subject, measure_quality, measure_speeds
+from heliostat.stages.measure import Speed, Subject, input_example, measure_quality, measure_speeds
 
 POLL_S = 0.2
 
@@ -132,6 +132,8 @@ class Execution:
         try:
             record = self._run_stage(node)
             self._history.finished(node, record)
+            if node.kind.name == "select":
+                self._history.chose(node, self._task(node, input_example, self._plan.pipeline.task, record.params))
             write_record(node.folder, record)
         except KeyboardInterrupt:
             self._history.ended(node, "KILLED")

@@ -14,6 +14,8 @@ from heliostat.tracking.context import code_tags, git_commit, library_versions
 from heliostat.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from heliostat.core.outcome import View
 
 CLOSE_TIMEOUT_S = 60.0
@@ -88,8 +90,6 @@ class History:
         self._tracker.params(key, {f"result.{name}": value for name, value in record.params.items()})
         self._tracker.text(key, artifact_json(record), "record.json")
         self._tracker.tags(key, {"heliostat.path": str(node.folder)})
-        if node.kind.name == "select":
-            self._log_model(key, node, record)
         self._tracker.end_run(key, status="FINISHED")
 
     def measured(self, node: Node, record: Record, speed: Mapping[str, float]) -> None:
@@ -103,12 +103,9 @@ class History:
         self._tracker.metrics(key, speed, step=len(epochs) + 1 if epochs else 0)
         self._tracker.text(key, artifact_json(record), "record.json")
 
-    def _log_model(self, key: str, node: Node, record: Record) -> None:
-        from heliostat.stages.measure import recipe_of
-        from heliostat.stages.models import samples
-
-        example = samples(self._plan.pipeline.task, recipe_of(record.params), split="val", count=2)
-        self._tracker.log_model(key, node.folder, input_example=example.numpy())
+    def chose(self, node: Node, example: "np.ndarray[Any, Any]") -> None:
+        """The chosen model as an MLflow model. `example` is a small batch of its inputs."""
+        self._tracker.log_model(self._key_of(node), node.folder, input_example=example)
 
     def failed(self, node: Node, reason: str) -> None:
         self._tracker.text(self._key_of(node), reason, "error.txt")

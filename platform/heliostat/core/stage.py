@@ -45,6 +45,22 @@ class Reporter(Protocol):
         """What the live view shows of the stage: `done`, `total`, `running`, `best` and the like."""
 
 
+class Unheard:
+    """A reporter that nobody listens to."""
+
+    def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None: ...
+    def trial_started(self, trial: str, params: Mapping[str, Any]) -> None: ...
+    def trial_ended(
+        self,
+        trial: str,
+        status: Literal["done", "stopped", "failed"],
+        *,
+        metrics: Mapping[str, float],
+        reason: str | None = None,
+    ) -> None: ...
+    def progress(self, **fields: Any) -> None: ...
+
+
 @dataclass(frozen=True)
 class StageContext:
     """All that a stage function is given besides its config."""

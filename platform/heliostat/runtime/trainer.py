@@ -2,11 +2,12 @@
 
 Ray Train starts the workers, joins them in a process group (NCCL with GPUs, else gloo) and starts them again after one
 died. It carries no data: rows reach the driver through the mailbox, since each of Ray's own reports waits for a poll of
-its controller. Checkpoints lie in the folder, which all workers must see. One worker runs in place, as a task.
+its controller. Checkpoints lie in the folder, which all workers must see. One worker runs in place, as a task. What is
+made of the trained weights is made by the first worker, so that the driver needs no torch.
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ class TrainWork:
     root: Path
     folder: Path
     reporter: RemoteReporter
+    finish: "Callable[[Fit], Any] | None"
 
 
 def train_workers(
@@ -52,25 +54,27 @@ def train_workers(
     reporter: Reporter,
     cancel: threading.Event,
     retries: int = 0,
-) -> "Fit":
+    finish: "Callable[[Fit], Any] | None" = None,
+) -> Any:
     """Train with `resources.workers` workers; go on from the newest of `folder/checkpoints` if there are any.
 
+    Gives what `finish`, called by the first worker in its own process, makes of the fit; without it, the fit.
     `retries` is how often the workers are started again after one died. Raises StageError with the user's own traceback
     when the user's code raises, and KeyboardInterrupt when `cancel` is set.
     """
     with relay(reporter) as remote:
-        work = TrainWork(task, config, resources, seed, root, folder, remote)
+        work = TrainWork(task, config, resources, seed, root, folder, remote, finish)
         if resources.workers == 1:
             cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
             return run_task(_train_alone, work, root=root, cpus=cpus, gpus=gpus, retries=retries, cancel=cancel)
         return _train_together(work, retries=retries, cancel=cancel)
 
 
-def _train_alone(work: TrainWork) -> "Fit":
+def _train_alone(work: TrainWork) -> Any:
     return _run(work, rank=0, size=1)
 
 
-def _run(work: TrainWork, *, rank: int, size: int) -> "Fit":
+def _run(work: TrainWork, *, rank: int, size: int) -> Any:
     import torch
 
     from heliostat.training.checkpoints import Checkpoints
@@ -87,7 +91,7 @@ def _run(work: TrainWork, *, rank: int, size: int) -> "Fit":
         work.reporter.metrics(metrics, step=epoch)
         return work.reporter.is_asked_to_stop()
 
-    return run_training(
+    fitted = run_training(
         work.task,
         work.config,
         world=World(rank, size, torch.device(_device(work.resources))),
@@ -95,14 +99,17 @@ def _run(work: TrainWork, *, rank: int, size: int) -> "Fit":
         on_epoch=on_epoch,
         checkpoints=Checkpoints(work.folder / "checkpoints"),
     )
+    if rank != 0:
+        return None
+    return work.finish(fitted) if work.finish else fitted
 
 
 def _device(resources: Resources) -> str:
     return "cuda" if resources.gpus_per_worker else "cpu"
 
 
-def _train_together(work: TrainWork, *, retries: int, cancel: threading.Event) -> "Fit":
-    fitting: Future[Fit] = Future()
+def _train_together(work: TrainWork, *, retries: int, cancel: threading.Event) -> Any:
+    fitting: Future[Any] = Future()
     threading.Thread(target=_resolve, args=(fitting, work, retries), name="train", daemon=True).start()
     try:
         while not wait([fitting], timeout=POLL_S).done:
@@ -114,7 +121,7 @@ def _train_together(work: TrainWork, *, retries: int, cancel: threading.Event) -
     return fitting.result()
 
 
-def _resolve(future: "Future[Fit]", work: TrainWork, retries: int) -> None:
+def _resolve(future: "Future[Any]", work: TrainWork, retries: int) -> None:
     """In a thread, where Ray Train leaves the signal handlers alone."""
     try:
         future.set_result(_fit(work, retries))
@@ -122,7 +129,7 @@ def _resolve(future: "Future[Fit]", work: TrainWork, retries: int) -> None:
         future.set_exception(error)
 
 
-def _fit(work: TrainWork, retries: int) -> "Fit":
+def _fit(work: TrainWork, retries: int) -> Any:
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -154,15 +161,14 @@ def _fit(work: TrainWork, retries: int) -> "Fit":
         ),
     )
     try:
-        fit: Fit = trainer.fit().return_value
+        return trainer.fit().return_value
     except WorkerGroupError as error:
         raise _the_cause(error.worker_failures) from None
     except ControllerError as error:
         raise StageError(str(error.controller_failure)) from error
-    return fit
 
 
-def _worker(config: dict[str, Any]) -> "Fit | None":
+def _worker(config: dict[str, Any]) -> Any:
     from ray import train
 
     work: TrainWork = config["work"]
@@ -170,12 +176,11 @@ def _worker(config: dict[str, Any]) -> "Fit | None":
     use_root(work.root)
     use_threads(max(1, int(work.resources.cpus_per_worker)))
     try:
-        fit = _run(work, rank=context.get_world_rank(), size=context.get_world_size())
+        return _run(work, rank=context.get_world_rank(), size=context.get_world_size())
     except HeliostatError:
         raise
     except Exception as error:
         raise StageError(own_traceback(error)) from None
-    return fit if context.get_world_rank() == 0 else None
 
 
 def _the_cause(failures: Mapping[int, Exception]) -> HeliostatError:

@@ -20,8 +20,9 @@ from ray import tune
 
 from heliostat.core.imports import use_root
 from heliostat.core.spec import Resources, Task
+from heliostat.core.stage import Unheard
 from heliostat.errors import HeliostatError
-from heliostat.runtime.journal import Row, Status
+from heliostat.runtime.journal import Row
 from heliostat.runtime.overlay import overlay
 from heliostat.runtime.tasks import own_traceback
 from heliostat.training.config import TrainConfig
@@ -178,7 +179,7 @@ def _train_together(work: TrialWork, trial: str, config: TrainConfig, seed: int,
         raise bridge.error
 
 
-class _Bridge:
+class _Bridge(Unheard):
     """A reporter that hands each row to `on_epoch`."""
 
     def __init__(self, on_epoch: OnEpoch) -> None:
@@ -193,14 +194,6 @@ class _Bridge:
         except Exception as error:
             self.error = error
             self.stopping.set()
-
-    def trial_started(self, trial: str, params: Mapping[str, Any]) -> None: ...
-
-    def trial_ended(
-        self, trial: str, status: Status, *, metrics: Mapping[str, float], reason: str | None = None
-    ) -> None: ...
-
-    def progress(self, **fields: Any) -> None: ...
 
 
 class TrialActor(tune.Trainable):  # type: ignore[misc]

@@ -14,6 +14,7 @@ from heliostat.core.spec import Task
 from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from heliostat.compression.formats import Model
@@ -50,6 +51,14 @@ class Subject:
 def recipe_of(params: Mapping[str, Any]) -> TrainConfig:
     """How the model was trained, as the record's params carry it from stage to stage; an own stage may not say."""
     return TrainConfig.model_validate(params.get("train", {}))
+
+
+def input_example(task: Task, params: Mapping[str, Any]) -> "np.ndarray[Any, Any]":
+    """A batch of two real inputs of the model, which says how it is to be called."""
+    from heliostat.stages.models import samples
+
+    example: np.ndarray[Any, Any] = samples(task, recipe_of(params), split="val", count=2).numpy()
+    return example
 
 
 def measure_quality(folder: Path, task: Task, params: Mapping[str, Any]) -> dict[str, float]:

@@ -1,12 +1,18 @@
 """`train`: several workers through Ray Train, or one in place; the best epoch by validation is the artifact."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from heliostat.core.paths import overlay
 from heliostat.core.spec import Resources
-from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
+from heliostat.core.stage import ConfigView, StageContext, StageResult, Unheard, stage
 from heliostat.stages.checks import check_arguments, check_monitor
 from heliostat.training.config import TrainConfig as TrainConfig
+
+if TYPE_CHECKING:
+    from heliostat.training.progress import Fit
 
 
 def _check(config: TrainConfig, view: ConfigView) -> Iterator[str]:
@@ -33,14 +39,11 @@ def _needs(resources: Resources) -> tuple[float, float]:
 def train(context: StageContext, config: TrainConfig) -> StageResult:
     """Train the task's model. The parameters that a search found override the config."""
     from heliostat.runtime.trainer import train_workers
-    from heliostat.stages.models import parity, save_trained
-    from heliostat.training.seeding import seed_everything
-    from heliostat.training.task import build_model
 
     for found in context.inputs.get("params", ()):
         config = overlay(config, found.record.params, place=f"{found.node}'s parameters")
     assert context.cancel is not None
-    fitted = train_workers(
+    result: StageResult = train_workers(
         context.task,
         config,
         resources=context.resources,
@@ -49,7 +52,17 @@ def train(context: StageContext, config: TrainConfig) -> StageResult:
         folder=context.folder,
         reporter=context.reporter,
         cancel=context.cancel,
+        finish=partial(_keep, replace(context, reporter=Unheard(), cancel=None), config),
     )
+    return result
+
+
+def _keep(context: StageContext, config: TrainConfig, fitted: "Fit") -> StageResult:
+    """Write the artifact, in the process of the first worker."""
+    from heliostat.stages.models import parity, save_trained
+    from heliostat.training.seeding import seed_everything
+    from heliostat.training.task import build_model
+
     seed_everything(context.seed)
     model = build_model(context.task, config.model_args)
     model.load_state_dict(fitted.state)
