@@ -85,6 +85,8 @@ class History:
         epochs = record.details.get("history", ())
         for epoch, row in enumerate(epochs, 1):  # of those tracked already nothing changes; a crash may have lost one
             self._tracker.metrics(key, row, step=epoch)
+        for row in record.details.get("validations", ()):
+            self._tracker.metrics(key, {f"step_{name}": row[name] for name in row if name != "step"}, step=row["step"])
         if record.metrics:  # after the epochs, so that MLflow shows the artifact's own figures as the latest
             self._tracker.metrics(key, record.metrics, step=len(epochs) + 1 if epochs else 0)
         self._tracker.params(key, {f"result.{name}": value for name, value in record.params.items()})

@@ -127,6 +127,35 @@ def test_an_unknown_key_is_refused_at_every_level(refusal, changes, expected):
             "stages[1] (train).config.optimizer: adam takes no 'momentum'; it takes betas, eps, lr, weight_decay",
         ),
         (
+            {"stages/train/config/optimizer": {"name": "torch.optim:SGD", "options": {"momentom": 0.9}}},
+            "stages[1] (train).config.optimizer: 'torch.optim:SGD' takes no argument 'momentom'; did you mean",
+        ),
+        (
+            {"stages/train/config/scheduler": {"name": "cosin"}},
+            "stages[1] (train).config.scheduler.name: unknown scheduler 'cosin'; did you mean 'cosine'?",
+        ),
+        (
+            {"stages/train/config/scheduler": {"name": "StepLR", "options": {"step": 3}}},
+            "stages[1] (train).config.scheduler.options: 'torch.optim.lr_scheduler:StepLR' takes no argument 'step'",
+        ),
+        (
+            {"stages/train/config/scheduler": {"name": "StepLR", "warmup_epochs": 1}},
+            "stages[1] (train).config.scheduler: warmup_epochs goes with constant, cosine, linear, not with StepLR",
+        ),
+        (
+            {"stages/train/config/strategy": "single", "stages/train/resources": {"workers": 2}},
+            "stages[1] (train).config.strategy: 'single' trains with one worker, not 2; take 'ddp' or 'auto'",
+        ),
+        (
+            {"task/train_fn": "toy:one", "task/train_step": "toy:one"},
+            "task: train_fn replaces the loop that would call train_step; give one of them",
+        ),
+        (
+            {"task/train_step": "toy:one"},
+            "task.train_step: 'toy:one' cannot be called so: too many positional arguments; "
+            "it is called with (model, batch)",
+        ),
+        (
             {"stages/train/config/strategy": "dpp"},
             "stages[1] (train).config.strategy: 'dpp' is not one of auto, single, ddp; did you mean 'ddp'?",
         ),

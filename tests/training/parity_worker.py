@@ -170,7 +170,9 @@ def own_loop(context: TrainContext, config: TrainConfig) -> None:
 
 def users_loop(world: World, folder: Path) -> dict[str, Any]:
     sys.modules["parity_worker"] = sys.modules["__main__"]
-    task = SimpleNamespace(train_fn="parity_worker:own_loop", loss="torch.nn.functional:cross_entropy", metrics=())
+    task = SimpleNamespace(
+        train_fn="parity_worker:own_loop", train_step=None, loss="torch.nn.functional:cross_entropy", metrics=()
+    )
     result = run_user_loop(task, TrainConfig(batch_size=4), world=world, seed=0)  # type: ignore[arg-type]
     return {"names": list(result.state), "val_loss": result.metrics["val_loss"], "batches": gathered(seen, world)}
 

@@ -4,7 +4,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from heliostat.training.config import OPTIMIZERS, OptimizerConfig, SchedulerConfig
-from heliostat.training.optim import build_optimizer, build_scheduler
+from heliostat.training.optim import build_optimizer, build_schedule
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
@@ -26,15 +26,15 @@ def test_an_option_of_another_optimizer_is_refused() -> None:
 
 def test_cosine_starts_at_the_full_rate_after_warm_up_and_ends_near_zero() -> None:
     optimizer = build_optimizer(nn.Linear(2, 1).parameters(), OptimizerConfig(name="sgd", lr=1.0))
-    scheduler = build_scheduler(
+    scheduler = build_schedule(
         optimizer, SchedulerConfig(name="cosine", warmup_epochs=0.5), epochs=2, steps_per_epoch=10
     )
     rates = []
     for _ in range(20):
-        rates.append(scheduler.get_last_lr()[0])
+        rates.append(scheduler.lr)
         optimizer.step()
-        scheduler.step()
+        scheduler.step_over()
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert 0 < rates[-1] < 0.02
-    assert scheduler.get_last_lr()[0] == pytest.approx(0.0)
+    assert scheduler.lr == pytest.approx(0.0)

@@ -17,7 +17,7 @@ from heliostat.training.task import Metric, Objective
 
 Data = Mapping[str, Dataset[Any]]
 NewModel = Callable[..., nn.Module]
-TIMINGS = {"seconds", "train_samples_per_s"}
+TIMINGS = {"seconds", "train_samples_per_s", "data_s", "train_s", "val_s", "checkpoint_s"}
 
 
 def without_timings(history: list[dict[str, float]]) -> list[dict[str, float]]:

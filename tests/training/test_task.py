@@ -32,6 +32,7 @@ def task(monkeypatch: pytest.MonkeyPatch) -> Any:
     toy.error = lambda outputs, targets: (outputs.argmax(1) != targets).float().mean()
     monkeypatch.setitem(sys.modules, "toy", toy)
     return SimpleNamespace(
+        train_step=None,
         model="toy:build_model",
         data="toy:build_data",
         loss="torch.nn.functional:cross_entropy",
@@ -82,7 +83,7 @@ def test_another_module_of_the_same_name_has_data_of_its_own(task: Any, monkeypa
         ([], "returned list, not a mapping"),
         ({"train": [1]}, "no 'val' split"),
         ({"train": [1], "valid": [1]}, "no 'val' split; did you mean 'valid'"),
-        ({"train": [1], "val": iter([1])}, "list_iterator for 'val'; it must be a map-style Dataset"),
+        ({"train": [1], "val": iter([1])}, "list_iterator for 'val'; it must be a Dataset with"),
         ({"train": [1], "val": []}, "no samples for 'val'"),
     ],
 )

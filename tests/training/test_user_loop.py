@@ -25,7 +25,9 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def train(name: str, **options: Any) -> Fit:
-    task: Any = SimpleNamespace(train_fn=f"mine:{name}", loss="torch.nn.functional:cross_entropy", metrics=())
+    task: Any = SimpleNamespace(
+        train_fn=f"mine:{name}", train_step=None, loss="torch.nn.functional:cross_entropy", metrics=()
+    )
     config = options.pop("config", TrainConfig(epochs=5, batch_size=4))
     return run_training(task, config, world=World(), seed=0, **options)
 

@@ -12,6 +12,11 @@ class Spec(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False, ser_json_inf_nan="constants"
     )
 
+    @property
+    def code_references(self) -> tuple[str, ...]:
+        """The `module:attribute` of user code that the config names: its source is part of a node's identity."""
+        return ()
+
 
 Integer = Annotated[int, Strict()]
 Count = Annotated[int, Strict(), Field(ge=1)]

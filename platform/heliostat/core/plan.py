@@ -127,7 +127,7 @@ def _why_not_called(place: str, function: Any) -> str | None:
     if place == "loss" and isinstance(function, type):  # such as torch.nn:CrossEntropyLoss, made with its defaults
         return imports.why_not_callable(function, ())
     problem = imports.why_not_callable(function, (), positional=2)
-    called = "context, config" if place == "train_fn" else "outputs, targets"
+    called = {"train_fn": "context, config", "train_step": "model, batch"}.get(place, "outputs, targets")
     return f"{problem}; it is called with ({called})" if problem and callable(function) else problem
 
 
@@ -146,7 +146,6 @@ def _expand(
     except SpecError as error:
         raise SpecError(f"{place}.uses: {error}") from error.__cause__
     slots = _connect(pipeline, stage, kind, place, by_stage)
-    sources = _sources(pipeline, kind)
     for path in stage.matrix:
         problem = why_not_a_path(kind.config, path)
         if problem:
@@ -162,11 +161,9 @@ def _expand(
         inputs: dict[str, tuple[Node, ...]] = {slot: (node,) for slot, node in variants}
         inputs |= {slot: tuple(nodes) for slot, nodes in slots.items() if kind.inputs[slot].many}
         config = validate(kind.config, written, f"{place}.config")
-        view = ConfigView(
-            pipeline.task, functions, {s: [(n.kind, n.config) for n in nodes] for s, nodes in inputs.items()}
-        )
-        _check(kind, config, view, place)
-        identity = _identity(pipeline, kind, config, inputs, sources)
+        upstream = {slot: [(node.kind, node.config) for node in nodes] for slot, nodes in inputs.items()}
+        _check(kind, config, ConfigView(pipeline.task, functions, upstream, stage.resources), place)
+        identity = _identity(pipeline, kind, config, inputs)
         digest = fingerprint(identity)
         yield Node(
             name=f"{stage.name}[{','.join(labels)}]" if labels else stage.name,
@@ -234,8 +231,8 @@ def _check_edge(wanted: Slot, node: Node, place: str) -> None:
         raise SpecError(f"{place}: {node.stage!r} makes {node.kind.output!r}, but the input takes {wanted.kind!r}")
 
 
-def _sources(pipeline: Pipeline, kind: StageKind) -> dict[str, str]:
-    references = [*pipeline.task.references.values(), kind.reference]
+def _sources(pipeline: Pipeline, kind: StageKind, config: Spec) -> dict[str, str]:
+    references = [*pipeline.task.references.values(), kind.reference, *config.code_references]
     return imports.digest_sources(imports.own_sources(references, pipeline.root))
 
 
@@ -244,14 +241,13 @@ def _identity(
     kind: StageKind,
     config: Spec,
     inputs: Mapping[str, tuple[Node, ...]],
-    sources: Mapping[str, str],
 ) -> dict[str, Any]:
     task = pipeline.task.model_dump(mode="json")
     return {
         "kind": kind.name,
         "version": kind.version,
         "task": task,
-        "sources": sources,
+        "sources": _sources(pipeline, kind, config),
         "config": config.model_dump(mode="json"),
         "seed": pipeline.seed,
         "inputs": {slot: [node.fingerprint for node in nodes] for slot, nodes in sorted(inputs.items())},

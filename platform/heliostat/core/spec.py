@@ -59,13 +59,18 @@ def _to_metric(value: Any) -> Any:
 
 
 class Task(Spec):
-    """The user's code, by reference. `data_version` is any text: change it when the data changes outside the code."""
+    """The user's code, by reference. `data_version` is any text: change it when the data changes outside the code.
+
+    `train_step(model, batch)` returns the mean loss of a batch, in place of `loss(model(inputs), targets)` in training.
+    `train_fn(context, config)` replaces the whole loop.
+    """
 
     model: Reference
     data: Reference
     loss: Reference = "torch.nn.functional:cross_entropy"
     metrics: tuple[Annotated[MetricRef, BeforeValidator(_to_metric)], ...] = ()
     train_fn: Reference | None = None
+    train_step: Reference | None = None
     data_version: str | None = None
 
     @field_validator("metrics")
@@ -77,12 +82,19 @@ class Task(Spec):
                 raise ValueError(f"two metrics would be called {name!r}; give the functions different names")
         return metrics
 
+    @model_validator(mode="after")
+    def _one_way_to_train(self) -> "Task":
+        if self.train_fn and self.train_step:
+            raise ValueError("train_fn replaces the loop that would call train_step; give one of them")
+        return self
+
     @property
     def references(self) -> dict[str, str]:
         """Every reference with its place in the file."""
         found = {"model": self.model, "data": self.data, "loss": self.loss}
         found.update({f"metrics[{i}]": m.reference for i, m in enumerate(self.metrics)})
-        return found | ({"train_fn": self.train_fn} if self.train_fn else {})
+        own = {"train_fn": self.train_fn, "train_step": self.train_step}
+        return found | {place: reference for place, reference in own.items() if reference}
 
     @property
     def metric_modes(self) -> dict[str, Literal["max", "min"]]:

@@ -123,6 +123,7 @@ class ConfigView:
     """The user's functions by their place in the task: `model`, `data`, `loss`, …"""
     inputs: Mapping[str, Sequence[tuple["StageKind", Spec]]]
     """The kind and the config of the nodes in each slot."""
+    resources: Resources
 
 
 Check = Callable[[Any, ConfigView], Iterable[str]]

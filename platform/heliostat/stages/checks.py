@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from heliostat.core.imports import why_not_callable
+from heliostat.core.imports import resolve, why_not_callable
 from heliostat.core.stage import ConfigView
 from heliostat.errors import nearest
-from heliostat.training.config import TrainConfig
+from heliostat.training.config import SCHEDULERS, TrainConfig, why_not_trained
 
 UNTRAINABLE = {"quantize", "export"}
 """Kinds whose models have no torch parameters that could be trained."""
@@ -33,6 +33,24 @@ def check_searched(paths: Iterable[str], view: ConfigView, *, place: str) -> Ite
             problem = why_not_callable(view.functions[name], [argument.partition(".")[0]], partial=True)
             if problem:
                 yield f"{place}.{path}: {getattr(view.task, name)!r} {problem}"
+
+
+def check_loop(config: TrainConfig, view: ConfigView, *, place: str, workers: int) -> Iterator[str]:
+    """Whether the optimizer and the scheduler take their options, and the workers can train as the config says."""
+    if config.optimizer.is_reference:
+        yield from _check_made(config.optimizer.name, config.optimizer.arguments, place=f"{place}.optimizer")
+    if config.scheduler.name in SCHEDULERS:
+        reference = f"torch.optim.lr_scheduler:{config.scheduler.name}"
+        yield from _check_made(reference, config.scheduler.options, place=f"{place}.scheduler.options")
+    for problem in why_not_trained(config, workers=workers, task=view.task):
+        yield f"{place}.{problem}"
+
+
+def _check_made(reference: str, arguments: Iterable[str], *, place: str) -> Iterator[str]:
+    """Whether a class can be made from its one positional argument and these options."""
+    problem = why_not_callable(resolve(reference), arguments, positional=1)
+    if problem:
+        yield f"{place}: {reference!r} {problem}"
 
 
 def check_monitor(config: TrainConfig, view: ConfigView, *, place: str) -> Iterator[str]:

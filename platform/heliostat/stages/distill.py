@@ -7,7 +7,7 @@ from pydantic import Field
 
 from heliostat.core.model import Number, Positive
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
-from heliostat.stages.checks import check_arguments, check_monitor
+from heliostat.stages.checks import check_arguments, check_loop, check_monitor
 from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class DistillConfig(TrainConfig):
 def _check(config: DistillConfig, view: ConfigView) -> Iterator[str]:
     yield from check_arguments(config, view, place="config", partial=True)
     yield from check_monitor(config, view, place="config")
+    yield from check_loop(config, view, place="config", workers=1)
 
 
 @stage(

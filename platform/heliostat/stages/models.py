@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,21 +26,20 @@ PARITY_SAMPLES = 256
 
 def example_of(task: Task, config: TrainConfig) -> "Tensor":
     """A batch of one real sample: what exports are traced with."""
-    import torch
-
-    from heliostat.training.task import build_data
-
-    return torch.as_tensor(build_data(task, config.data_args)["val"][0][0]).unsqueeze(0)
+    return samples(task, config, split="val", count=1)
 
 
 def samples(task: Task, config: TrainConfig, *, split: str, count: int) -> "Tensor":
     """The inputs of the first `count` samples of a split, as one batch."""
     import torch
+    from torch.utils.data import IterableDataset
 
     from heliostat.training.task import build_data
 
     dataset: Any = build_data(task, config.data_args)[split]
-    return torch.stack([torch.as_tensor(dataset[i][0]) for i in range(min(count, len(dataset)))])
+    is_stream = isinstance(dataset, IterableDataset)
+    rows = islice(dataset, count) if is_stream else (dataset[i] for i in range(min(count, len(dataset))))
+    return torch.stack([torch.as_tensor(row[0]) for row in rows])
 
 
 def train_config_of(artifact: Artifact) -> TrainConfig:

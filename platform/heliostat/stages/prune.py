@@ -30,6 +30,10 @@ class PruneConfig(Spec):
     optimizer: OptimizerConfig | None = None
     scheduler: SchedulerConfig = SchedulerConfig(name="cosine")
 
+    @property
+    def code_references(self) -> tuple[str, ...]:
+        return self.optimizer.code_references if self.optimizer else ()
+
 
 def _check(config: PruneConfig, view: ConfigView) -> Iterator[str]:
     yield from check_trainable(view, slot="model")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from heliostat.core.paths import overlay
 from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, Unheard, stage
-from heliostat.stages.checks import check_arguments, check_monitor
+from heliostat.stages.checks import check_arguments, check_loop, check_monitor
 from heliostat.training.config import TrainConfig as TrainConfig
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ def _check(config: TrainConfig, view: ConfigView) -> Iterator[str]:
     partial = any(not hasattr(upstream, "searched") for _, upstream in view.inputs.get("params", ()))
     yield from check_arguments(config, view, place="config", more=searched, partial=partial)
     yield from check_monitor(config, view, place="config")
+    yield from check_loop(config, view, place="config", workers=view.resources.workers)
 
 
 def _needs(resources: Resources) -> tuple[float, float]:
@@ -75,6 +76,7 @@ def _keep(context: StageContext, config: TrainConfig, fitted: "Fit") -> StageRes
             "best_epoch": fitted.epoch,
             "epochs": fitted.epochs,
             "history": fitted.history,
+            "validations": fitted.validations,
             "parity": {"reload": parity(context, config, model, against="the model before saving")},
         },
     )

@@ -13,7 +13,7 @@ from heliostat.core.space import Choice, Constant, Dimension, Grid, LogUniform, 
 from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.errors import SpecError
-from heliostat.stages.checks import check_arguments, check_metric, check_searched
+from heliostat.stages.checks import check_arguments, check_loop, check_metric, check_searched
 from heliostat.training.config import TrainConfig
 
 Algorithm = Literal["grid", "random", "bayesian"]
@@ -65,6 +65,10 @@ class TuneConfig(Spec):
         return Space.parse(self.space).paths()
 
     @property
+    def code_references(self) -> tuple[str, ...]:
+        return self.train.code_references
+
+    @property
     def method(self) -> tuple[Algorithm, int, str]:
         """The method, the number of trials, and why: what `auto` and the defaults come down to."""
         size = Space.parse(self.space).size()
@@ -93,6 +97,8 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
             overlay(config.train, point, place="config.space")
         wrong = list(check_searched(space.paths(), view, place="config.space"))
         yield from wrong or check_arguments(config.train, view, place="config.train", more=space.paths())
+    workers = view.resources.workers_per_trial
+    yield from check_loop(config.train, view, place="config.train", workers=workers)
     if config.algorithm == "grid":
         try:
             space.grid()

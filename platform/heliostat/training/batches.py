@@ -6,17 +6,21 @@ losses' gradients, averaged over workers as DDP does, the exact mean over the gl
 last batch leaves nothing borrows one of its samples at weight 0: it still takes part in every collective, and its model
 never sees an empty batch.
 
+A stream (an `IterableDataset`) has no permutation: its global batches are its samples in their order.
+
 Batches are tuples `(inputs, targets, *extras)`. A `TensorDataset`, or a `Subset` of one, is indexed as whole tensors,
 without any Python per sample.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from heliostat.errors import StageError
 from heliostat.training.seeding import derive_seed
@@ -50,23 +54,31 @@ def training_shares(
     """One worker's shares of an epoch, in order. Every worker has the same number of steps."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
     order = torch.randperm(num_samples, generator=generator)
-    shares = []
-    for start in range(0, num_samples, batch_size):
-        global_batch = order[start : start + batch_size]
-        mine, count = _part_of(global_batch, world)
-        parts = mine.tensor_split(min(accumulate_steps, len(mine)))
-        for number, part in enumerate(parts, start=1):
-            counted = len(part) if count else 0
-            weight = counted * world.size / len(global_batch)
-            shares.append(Share(part, num_samples=counted, weight=weight, ends_step=number == len(parts)))
-    return shares
+    return [
+        share
+        for global_batch in torch.split(order, batch_size)
+        for share in _shares_of(global_batch, world=world, accumulate_steps=accumulate_steps)
+    ]
+
+
+def _shares_of(global_batch: Tensor, *, world: World, accumulate_steps: int) -> list[Share]:
+    """One worker's shares of one global batch of indices."""
+    mine, count = _part_of(global_batch, world)
+    parts = mine.tensor_split(min(accumulate_steps, len(mine)))
+    counts = [len(part) if count else 0 for part in parts]
+    return [
+        Share(part, num_samples=n, weight=n * world.size / len(global_batch), ends_step=number == len(parts))
+        for number, (part, n) in enumerate(zip(parts, counts), start=1)
+    ]
 
 
 def evaluation_shares(num_samples: int, *, batch_size: int, world: World) -> list[Share]:
-    """One worker's contiguous part of a split, in batches of at most `batch_size`."""
+    """One worker's contiguous part of a split, in batches of at most `batch_size`; every worker has as many."""
     mine, count = _part_of(torch.arange(num_samples), world)
-    parts = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    return [Share(part, num_samples=len(part) if count else 0, weight=1.0, ends_step=True) for part in parts]
+    parts = list(torch.split(mine, batch_size))
+    borrowed = [mine[-1:]] * (math.ceil(math.ceil(num_samples / world.size) / batch_size) - len(parts))
+    counts = [len(part) if count else 0 for part in parts] + [0] * len(borrowed)
+    return [Share(part, n, weight=1.0, ends_step=True) for part, n in zip(parts + borrowed, counts)]
 
 
 def _part_of(indices: Tensor, world: World) -> tuple[Tensor, int]:
@@ -93,6 +105,56 @@ def load_batches(
         batches = (tuple(tensor.index_select(0, row) for tensor in tensors) for row in rows)
     for share, batch in zip(shares, batches):
         yield share, tuple(item.to(device) if isinstance(item, Tensor) else item for item in batch)
+
+
+def epoch_batches(
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    world: World,
+    device: torch.device,
+    accumulate_steps: int = 1,
+    max_steps: int | None = None,
+) -> Iterator[tuple[Share, Batch]]:
+    """One worker's shares of an epoch with their batches: of a permutation, or of a stream in its own order."""
+    if isinstance(dataset, IterableDataset):
+        pairs = _stream_batches(dataset, batch_size, world=world, device=device, accumulate_steps=accumulate_steps)
+    else:
+        shares = training_shares(
+            len(dataset),  # type: ignore[arg-type]
+            batch_size=batch_size,
+            seed=seed,
+            epoch=epoch,
+            world=world,
+            accumulate_steps=accumulate_steps,
+        )
+        pairs = load_batches(dataset, shares, device=device)
+    steps = 0
+    for share, batch in pairs:
+        yield share, batch
+        steps += share.ends_step
+        if steps == max_steps:
+            return
+
+
+def num_steps(dataset: Dataset[Any], batch_size: int) -> int | None:
+    """The global batches of an epoch; None for a stream, whose length nobody knows."""
+    if isinstance(dataset, IterableDataset):
+        return None
+    return math.ceil(len(dataset) / batch_size)  # type: ignore[arg-type]
+
+
+def _stream_batches(
+    dataset: IterableDataset[Any], batch_size: int, *, world: World, device: torch.device, accumulate_steps: int
+) -> Iterator[tuple[Share, Batch]]:
+    """Every worker reads the whole stream, which must be the same for all, and takes its part of each global batch."""
+    stream = iter(dataset)
+    while samples := list(islice(stream, batch_size)):
+        for share in _shares_of(torch.arange(len(samples)), world=world, accumulate_steps=accumulate_steps):
+            batch = _as_tuple(default_collate([samples[index] for index in share.indices.tolist()]))
+            yield share, tuple(item.to(device) if isinstance(item, Tensor) else item for item in batch)
 
 
 def _as_tuple(batch: Any) -> Batch:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from heliostat.training.batches import evaluation_shares, load_batches, split_evenly
-from heliostat.training.strategies import unwrap
 from heliostat.training.task import Objective
 from heliostat.training.world import World, gather_rows, sum_over_workers
 
@@ -35,7 +34,7 @@ def evaluate(
     world = world or World()
     batch_size = batch_size or (CPU_BATCH_SIZE if world.device.type == "cpu" else ACCELERATOR_BATCH_SIZE)
     if isinstance(model, nn.Module):
-        model = unwrap(model).eval()
+        model.eval()
     num_samples = len(dataset)  # type: ignore[arg-type]
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     outputs, targets = [], []

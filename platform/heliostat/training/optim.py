@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from heliostat.training.config import OptimizerConfig, SchedulerConfig
+from heliostat.core.imports import resolve
+from heliostat.errors import SpecError
+from heliostat.training.config import SHAPES, OptimizerConfig, SchedulerConfig
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -25,15 +28,67 @@ FUSED = frozenset({"sgd", "adam", "adamw", "adagrad"})
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer over the parameters that are not frozen, in its fastest implementation."""
-    fast: dict[str, Any] = {"fused": True} if config.name in FUSED else {"foreach": True}
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    return OPTIMIZERS[config.name](trainable, **config.options, **fast)
+    if config.is_reference:
+        own: torch.optim.Optimizer = resolve(config.name)(trainable, **config.arguments)
+        return own
+    fast: dict[str, Any] = {"fused": True} if config.name in FUSED else {"foreach": True}
+    return OPTIMIZERS[config.name](trainable, **config.arguments, **fast)
 
 
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, config: SchedulerConfig, *, epochs: int, steps_per_epoch: int
-) -> LambdaLR:
-    """The learning rate by optimizer step: linear warm-up, then the config's shape down to zero at the end."""
+class Schedule:
+    """The learning rate of a fit, whatever sets it. The loop says when a step and when an epoch is over."""
+
+    def __init__(self, scheduler: LRScheduler, *, per: str) -> None:
+        self._scheduler = scheduler
+        self._per = per
+
+    @property
+    def lr(self) -> float:
+        """The rate of the next step, of the first parameter group."""
+        return float(self._scheduler.get_last_lr()[0])
+
+    def step_over(self) -> None:
+        if self._per == "step":
+            self._scheduler.step()
+
+    def epoch_over(self, figure: float) -> None:
+        """`figure` is the monitored one."""
+        if isinstance(self._scheduler, ReduceLROnPlateau):
+            self._scheduler.step(figure)
+        elif self._per == "epoch":
+            self._scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._scheduler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._scheduler.load_state_dict(state)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer,
+    config: SchedulerConfig,
+    *,
+    epochs: int,
+    steps_per_epoch: int | None,
+    mode: str = "min",
+) -> Schedule:
+    """The schedule that the config describes; `mode` is the direction of the monitored figure.
+
+    Raises SpecError when warm-up or decay needs the number of steps and the data has no length.
+    """
+    if config.name == "ReduceLROnPlateau":
+        return Schedule(ReduceLROnPlateau(optimizer, **{"mode": mode, **config.options}), per="epoch")
+    if config.name not in SHAPES:
+        return Schedule(getattr(lr_scheduler, config.name)(optimizer, **config.options), per=config.per)
+    if steps_per_epoch is None:
+        if config.name != "constant" or config.warmup_epochs:
+            raise SpecError(
+                f"scheduler: {config.name!r} with warmup_epochs={config.warmup_epochs:g} needs the number of steps, "
+                "and the training data has no length; set steps_per_epoch"
+            )
+        steps_per_epoch = 1
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     decay_steps = max(1, epochs * steps_per_epoch - warmup_steps)
 
@@ -46,7 +101,7 @@ def build_scheduler(
                 return 0.5 * (1 + math.cos(math.pi * done))
             case "linear":
                 return 1 - done
-            case "constant":
+            case _:
                 return 1.0
 
-    return LambdaLR(optimizer, factor)
+    return Schedule(LambdaLR(optimizer, factor), per="step")

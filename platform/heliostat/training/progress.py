@@ -26,6 +26,8 @@ class Fit:
     """The best epoch's row."""
     history: list[dict[str, float]]
     """One row per epoch."""
+    validations: list[dict[str, float]]
+    """One row per validation within an epoch, with the optimizer `step`, from 1, after which it was."""
     epochs: int
     seconds: float
     """Time spent on the epochs of the history, interruptions left out."""
@@ -39,6 +41,9 @@ class Progress:
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     stopped: bool = False
+    steps: int = 0
+    """Optimizer steps, over all epochs."""
+    validations: list[dict[str, float]] = field(default_factory=list)
 
     def fit(self, *, state: dict[str, Tensor]) -> Fit:
         """The result of a run that has ended, `state` being its best epoch's."""
@@ -47,6 +52,7 @@ class Progress:
             epoch=self.best_epoch,
             metrics=dict(self.history[self.best_epoch - 1]),
             history=self.history,
+            validations=self.validations,
             epochs=self.epoch,
             seconds=sum(row["seconds"] for row in self.history),
         )

@@ -4,7 +4,10 @@ Nothing draws from a stream that runs through the whole training: each epoch der
 rank), so that an epoch is the same whether or not the run was interrupted before it.
 """
 
+import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -40,3 +43,22 @@ def fresh_process_state(*, num_threads: int) -> None:
     torch.clear_autocast_cache()
     torch.backends.cudnn.deterministic = False
     torch.backends.cudnn.benchmark = False
+
+
+@contextmanager
+def deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """Within it torch refuses operations whose result depends on the order of threads, if enabled.
+
+    cuBLAS must be told before its first call (https://docs.nvidia.com/cuda/cublas/#results-reproducibility).
+    """
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -5,13 +5,13 @@ arguments, so they must not be changed in place.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from heliostat.core.imports import resolve
 from heliostat.core.spec import Task
@@ -38,6 +38,8 @@ class Objective:
 
     loss: Loss
     metrics: tuple[Metric, ...] = ()
+    train_step: Callable[[nn.Module, tuple[Any, ...]], Tensor] | None = None
+    """The user's own loss of a training batch, `train_step(model, batch)`, a mean over the batch too."""
 
     @property
     def default_monitor(self) -> str:
@@ -66,7 +68,11 @@ def build_model(task: Task, model_args: Mapping[str, Any]) -> nn.Module:
 
 
 def build_data(task: Task, data_args: Mapping[str, Any]) -> Data:
-    """The user's map-style datasets by split: `train`, `val` and, where there is one, `test`."""
+    """The user's datasets by split: `train`, `val` and, where there is one, `test`.
+
+    A stream (an `IterableDataset`, or a Ray Data dataset) stays one for training; what is evaluated is read into memory
+    once. It must start anew, and give the same samples on every worker, each time it is iterated over.
+    """
     return _read_data(resolve(task.data), task.data, json.dumps(dict(data_args), sort_keys=True))
 
 
@@ -79,15 +85,34 @@ def _read_data(function: Callable[..., Any], reference: str, data_args: str) -> 
     for split in ("train", "val"):
         if split not in data:
             raise SpecError(f"task.data: {reference} returned no {split!r} split{nearest(split, map(str, data))}")
-    for split, dataset in data.items():
-        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            raise SpecError(
-                f"task.data: {reference} returned {type(dataset).__name__} for {split!r}; "
-                "it must be a map-style Dataset, with __len__ and __getitem__"
-            )
-        if len(dataset) == 0:
+    datasets = {split: _readable(dataset, split, reference) for split, dataset in data.items()}
+    for split, dataset in datasets.items():
+        if not isinstance(dataset, IterableDataset) and len(dataset) == 0:  # type: ignore[arg-type]
             raise SpecError(f"task.data: {reference} returned no samples for {split!r}")
-    return data
+    return datasets
+
+
+def _readable(dataset: Any, split: str, reference: str) -> Dataset[Any]:
+    if hasattr(dataset, "iter_rows"):  # a Ray Data dataset, which only runtime/ could name
+        dataset = _Rows(dataset)
+    if isinstance(dataset, IterableDataset):
+        return dataset if split == "train" else list(dataset)  # type: ignore[return-value]
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        return dataset  # type: ignore[no-any-return]
+    raise SpecError(
+        f"task.data: {reference} returned {type(dataset).__name__} for {split!r}; "
+        "it must be a Dataset with __len__ and __getitem__, or an IterableDataset"
+    )
+
+
+class _Rows(IterableDataset[tuple[Any, ...]]):
+    """The rows of a Ray Data dataset as tuples, in the order of its columns."""
+
+    def __init__(self, rows: Any) -> None:
+        self._rows = rows
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        return (tuple(row.values()) for row in self._rows.iter_rows())
 
 
 def build_objective(task: Task) -> Objective:
@@ -96,4 +121,5 @@ def build_objective(task: Task) -> Objective:
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         loss = loss()
     metrics = tuple(Metric(name=m.name, function=resolve(m.reference), mode=m.mode) for m in task.metrics)
-    return Objective(loss=loss, metrics=metrics)
+    train_step = resolve(task.train_step) if task.train_step else None
+    return Objective(loss=loss, metrics=metrics, train_step=train_step)

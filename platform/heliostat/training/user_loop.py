@@ -21,7 +21,7 @@ from heliostat.training.checkpoints import Checkpoints, State
 from heliostat.training.config import TrainConfig
 from heliostat.training.progress import Fit, OnEpoch, Progress, cpu_copy, is_better, read_on_first_worker
 from heliostat.training.seeding import seed_everything
-from heliostat.training.strategies import parallelize
+from heliostat.training.strategies.replicated import replicate
 from heliostat.training.task import Objective, build_objective
 from heliostat.training.world import World, any_worker, from_first_worker
 
@@ -56,11 +56,11 @@ class TrainContext:
         self._row_started = time.perf_counter()
 
     def prepare(self, model: nn.Module, loader: DataLoader[Any]) -> tuple[nn.Module, DataLoader[Any]]:
-        """The model under the config's strategy, and a loader of this worker's part of each of the loader's batches.
+        """The model, its gradients averaged over the workers, and a loader of this worker's part of each batch.
 
         The loader's batch size is the global one. Raises StageError for a loader that several workers cannot share.
         """
-        return parallelize(model, self._config.strategy, self._world), _share_loader(loader, self._world)
+        return replicate(model, self._world), _share_loader(loader, self._world)
 
     def report(self, metrics: Mapping[str, float], checkpoint: Mapping[str, Any] | None = None) -> None:
         """One epoch's row of metrics (rank 0's counts) and, where it should be kept, a checkpoint.

@@ -15,18 +15,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """One worker of a run: its rank, the number of workers, and its device."""
+    """One worker among others: its rank, their number, its device, and their process group if that is not everyone."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    group: "dist.ProcessGroup | None" = field(default=None, compare=False, repr=False)
 
 
 def sum_over_workers(values: Tensor, *, world: World) -> Tensor:
     """The elementwise sum of every worker's `values`, on every worker."""
     if world.size > 1:
         values = values.clone()
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=world.group)
     return values
 
 
@@ -40,7 +41,7 @@ def from_first_worker(value: Any, *, world: World) -> Any:
     if world.size == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, group=world.group, group_src=0)
     return box[0]
 
 
@@ -51,7 +52,7 @@ def gather_rows(rows: Tensor, counts: Sequence[int], *, world: World) -> Tensor:
     padded = rows.new_zeros((max(counts), *rows.shape[1:]), device=world.device)
     padded[: len(rows)] = rows
     gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
+    dist.all_gather(gathered, padded, group=world.group)
     return torch.cat([part[:count].to(rows.device) for part, count in zip(gathered, counts)])
 
 
@@ -62,4 +63,4 @@ def copy_buffers_from_first(model: nn.Module, *, world: World) -> None:
     """
     if world.size > 1:
         for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+            dist.broadcast(buffer, group=world.group, group_src=0)

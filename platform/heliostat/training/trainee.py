@@ -1,0 +1,84 @@
+"""All that training changes: the weights, the optimizer, the learning rate, the loss scale and the averaged weights."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heliostat.training.batches import Batch, Share
+from heliostat.training.config import TrainConfig
+from heliostat.training.ema import Ema
+from heliostat.training.losses import LossRule
+from heliostat.training.optim import Schedule, build_optimizer, build_schedule
+from heliostat.training.strategies import Parallel
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A model in training. Its state and a data position are all that a checkpoint needs."""
+
+    parallel: Parallel
+    rule: LossRule
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    ema: Ema | None
+
+    def backward(self, batch: Batch, share: Share) -> Tensor:
+        """Add a share's part of the gradient; the mean loss over the share."""
+        return self.parallel.backward(batch, share, self.rule)
+
+    def step(self, *, clip_grad_norm: float | None) -> None:
+        """One optimizer step, with the gradients of a whole global batch, which are cleared."""
+        self.parallel.end_backward()
+        scaler = self.rule.scaler
+        if clip_grad_norm is not None:
+            scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.parallel.module.parameters(), clip_grad_norm)
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step_over()
+        if self.ema is not None:
+            self.ema.update()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Within it the model has its averaged weights, if the config asks for them: those that count."""
+        return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {
+            "model": self.parallel.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.schedule.state_dict(),
+            "scaler": self.rule.scaler.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else {},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a state where it was saved."""
+        self.parallel.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["scheduler"])
+        self.rule.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+
+def start_training(
+    parallel: Parallel, rule: LossRule, config: TrainConfig, *, steps_per_epoch: int | None, mode: str
+) -> Trainee:
+    """The model before its first step. `mode` is the direction of the monitored figure."""
+    optimizer = build_optimizer(parallel.module.parameters(), config.optimizer)
+    schedule = build_schedule(
+        optimizer, config.scheduler, epochs=config.epochs, steps_per_epoch=steps_per_epoch, mode=mode
+    )
+    ema = Ema(parallel.module, config.ema_decay) if config.ema_decay is not None else None
+    return Trainee(parallel, rule, optimizer, schedule, ema)
+
+
+def weights_that_count(state: dict[str, Any]) -> dict[str, Tensor]:
+    """The model's state in a saved state, with the averaged weights where there are any."""
+    return {**state["model"], **state["ema"].get("average", {})}
