@@ -160,6 +160,7 @@ class Execution:
             resources=node.resources,
             inputs=self._inputs(node),
             reporter=self._history.reporter(node, self._view),
+            retries=node.retries,
             cancel=self._cancel,
         )
         result = self._call(node, context)

@@ -66,13 +66,16 @@ def test_weights_that_were_changed_are_refused(copy):
 # --- a disk of its own -------------------------------------------------------------------------------
 
 
+DISK_MIB = 8
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB. Only root may mount one."""
+    """A small file system. Only root may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], check=False, capture_output=True
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "tmpfs", folder], check=False, capture_output=True
     )
     if mounted.returncode:
         pytest.skip("needs the right to mount a file system")
@@ -89,7 +92,7 @@ def test_a_store_that_cannot_be_written_is_refused_before_anything_starts(toy, d
 
 
 def test_events_that_neither_the_store_nor_the_spool_takes_are_lost_and_counted(disk):
-    (disk / "filler").write_bytes(bytes(2**20 - 4096))
+    (disk / "filler").write_bytes(bytes(DISK_MIB * 2**20 - 4096))
     tracking = Tracker(f"sqlite:///{disk}/mlflow.db", experiment="digits", spool=disk / "spool")
     tracking.start_run("p", name="mnist")
     for step in range(100):
@@ -105,7 +108,7 @@ def test_a_full_disk_fails_the_run_with_its_reason(toy, disk, heliostat):
     document = toy.document
     document["stages"] = [{"name": "train", "uses": "train", "config": {"epochs": 1}}]
     toy.write(document)
-    (disk / "filler").write_bytes(bytes(2**20 - 10 * 4096))
+    (disk / "filler").write_bytes(bytes(DISK_MIB * 2**20 - 10 * 4096))
     done = heliostat("run", toy.file, "--set", f"storage={disk / 'store'}")
     assert done.returncode == 1, done.stderr
     assert "train: failed: OSError: [Errno 28] No space left on device" in done.stderr

@@ -18,7 +18,16 @@ TOY = """
     from torch import nn
     from torch.utils.data import TensorDataset
 
-    def build_model(width=4, fail=None, sleep_s=0.0):
+    def build_model(width=4, fail=None, once=None, builds=None, sleep_s=0.0):
+        if builds:
+            with open(builds, "a") as file:
+                file.write("built\\n")
+        if once and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+            try:
+                open(once, "x").close()
+                os.kill(os.getpid(), signal.SIGKILL)  # the last worker, the first time
+            except FileExistsError:
+                pass
         if fail == "raise":
             raise ValueError(f"no net is {width} wide")
         if fail == "kill":

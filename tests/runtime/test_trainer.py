@@ -82,3 +82,22 @@ def test_several_workers_stop_when_told_to(train, reporter):
     threading.Thread(target=lambda: (reporter.on_row.wait(120), cancel.set())).start()
     with pytest.raises(KeyboardInterrupt):
         train(workers=2, cancel=cancel, epochs=10_000)
+
+
+def test_a_worker_that_died_is_started_again(train, tmp_path):
+    assert train(retries=1, model_args={"once": str(tmp_path / "once")}).epochs == 2
+
+
+@pytest.mark.slow
+def test_several_workers_are_started_again_after_one_of_them_died(train, tmp_path):
+    assert train(workers=2, retries=1, model_args={"once": str(tmp_path / "once")}).epochs == 2
+    assert (tmp_path / "once").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_users_error_is_not_tried_again(train, tmp_path, workers):
+    builds = tmp_path / "builds"
+    with pytest.raises(StageError, match=r"^ValueError: no net is 4 wide"):
+        train(workers=workers, retries=2, model_args={"fail": "raise", "builds": str(builds)})
+    assert 1 <= len(builds.read_text().split()) <= workers

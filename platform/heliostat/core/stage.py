@@ -76,6 +76,8 @@ class StageContext:
     resources: Resources
     inputs: Mapping[str, tuple[Artifact, ...]]
     reporter: Reporter
+    retries: int = 0
+    """How often a process of the stage that died is started again. The runner does so for a stage that is a task."""
     cancel: threading.Event | None = field(default=None, compare=False)
     """Set when the run is being stopped. Only stages that run in the driver have it; a task is cancelled whole."""
 

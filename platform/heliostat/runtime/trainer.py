@@ -1,9 +1,10 @@
 """Training by several workers, through Ray Train: a `TorchTrainer` whose workers all run the one training loop.
 
-Ray Train starts the workers, joins them in a process group (NCCL with GPUs, else gloo) and starts them again after one
-died. It carries no data: rows reach the driver through the mailbox, since each of Ray's own reports waits for a poll of
-its controller. Checkpoints lie in the folder, which all workers must see. One worker runs in place, as a task. What is
-made of the trained weights is made by the first worker, so that the driver needs no torch.
+Ray Train starts the workers and joins them in a process group (NCCL with GPUs, else gloo). It would run the user's bad
+code again as well, so workers are started anew from here, after one died. It carries no data: rows reach the driver
+through the mailbox, since each of Ray's own reports waits for a poll of its controller. Checkpoints lie in the folder,
+which all workers must see. One worker runs in place, as a task. What is made of the trained weights is made by the
+first worker, so that the driver needs no torch.
 """
 
 import threading
@@ -129,8 +130,22 @@ def _resolve(future: "Future[Any]", work: TrainWork, retries: int) -> None:
         future.set_exception(error)
 
 
+class _WorkersDiedError(StageError):
+    """A process of the training was lost."""
+
+
 def _fit(work: TrainWork, retries: int) -> Any:
-    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    for _ in range(retries):
+        try:
+            return _fit_once(work)
+        except _WorkersDiedError:
+            if work.reporter.is_asked_to_stop():
+                raise
+    return _fit_once(work)
+
+
+def _fit_once(work: TrainWork) -> Any:
+    from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
@@ -154,11 +169,7 @@ def _fit(work: TrainWork, retries: int) -> Any:
             resources_per_worker=per_worker,
         ),
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
-        run_config=RunConfig(
-            name="train",
-            storage_path=str(work.folder / "ray"),
-            failure_config=FailureConfig(max_failures=retries),
-        ),
+        run_config=RunConfig(name="train", storage_path=str(work.folder / "ray")),
     )
     try:
         return trainer.fit().return_value
@@ -166,6 +177,8 @@ def _fit(work: TrainWork, retries: int) -> Any:
         raise _the_cause(error.worker_failures) from None
     except ControllerError as error:
         raise StageError(str(error.controller_failure)) from error
+    except RayError as error:
+        raise _WorkersDiedError(f"Ray Train's controller: {why_it_died(error)}") from error
 
 
 def _worker(config: dict[str, Any]) -> Any:
@@ -184,10 +197,17 @@ def _worker(config: dict[str, Any]) -> Any:
 
 
 def _the_cause(failures: Mapping[int, Exception]) -> HeliostatError:
-    """One worker's failure as an error of ours. When one fails, its peers lose their connections: that is no cause."""
-    rank, failure = min(failures.items(), key=lambda item: ("by peer" in str(item[1]), item[0]))
+    """One worker's failure as an error of ours. When one dies, its peers lose their connections: that is no cause."""
+    rank, failure = min(failures.items(), key=lambda item: (_lost_a_peer(item[1]), item[0]))
     # What the worker raised, or what became of its process; anything else is trouble of Ray Train itself.
     inner = getattr(failure, "_base_exc", None) or getattr(failure, "health_check_failure", None) or failure
-    if isinstance(inner, HeliostatError):
-        return inner
-    return StageError(f"worker {rank}: {why_it_died(inner) if isinstance(inner, RayError) else inner}")
+    if isinstance(inner, RayError):
+        return _WorkersDiedError(f"worker {rank}: {why_it_died(inner)}")
+    if _lost_a_peer(failure):
+        return _WorkersDiedError(f"worker {rank} lost a peer: {inner}")
+    return inner if isinstance(inner, HeliostatError) else StageError(f"worker {rank}: {inner}")
+
+
+def _lost_a_peer(failure: Exception) -> bool:
+    """Whether it is gloo's word for it: `Connection closed by peer`, or `reset`."""
+    return "by peer" in str(failure)

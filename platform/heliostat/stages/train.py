@@ -53,6 +53,7 @@ def train(context: StageContext, config: TrainConfig) -> StageResult:
         folder=context.folder,
         reporter=context.reporter,
         cancel=context.cancel,
+        retries=context.retries,
         finish=partial(_keep, replace(context, reporter=Unheard(), cancel=None), config),
     )
     return result
