@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from heliostat.stages import (
         DistillConfig,
         ExportConfig,
+        FactorizeConfig,
         PruneConfig,
         QuantizeConfig,
         SelectConfig,
@@ -24,6 +25,7 @@ _HOMES = {
     "heliostat.stages": (
         "DistillConfig",
         "ExportConfig",
+        "FactorizeConfig",
         "PruneConfig",
         "QuantizeConfig",
         "SelectConfig",
@@ -36,6 +38,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "DistillConfig",
     "ExportConfig",
+    "FactorizeConfig",
     "MetricRef",
     "Pipeline",
     "PruneConfig",

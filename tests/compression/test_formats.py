@@ -7,7 +7,7 @@ import torch
 
 from heliostat.compression.export import save_onnx
 from heliostat.compression.formats import deployed_files, load_model, load_torch, read_record, save_torch
-from heliostat.compression.prune import structured
+from heliostat.compression.prune.structured import structured
 from heliostat.errors import ArtifactError, StageError
 
 

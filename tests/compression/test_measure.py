@@ -5,7 +5,8 @@ import torch
 
 from heliostat.compression.export import save_onnx
 from heliostat.compression.formats import load_model, save_torch
-from heliostat.compression.measure import compare_outputs, measure_speed, num_params, size_mb
+from heliostat.compression.measure import compare_outputs, measure_speed, peak_memory_mb
+from heliostat.compression.size import num_params, size_mb
 from heliostat.compression.verdict import why_not_faster
 
 
@@ -67,7 +68,7 @@ def test_speed_has_the_names_that_files_rely_on(linear):
     rows = torch.randn(3, 6)
     models = {"onnx": (load_model(folder / "onnx"), rows), "eager": (model, rows)}
     figures = measure_speed(models, min_seconds=0.01)
-    names = {"latency_ms", "latency_ms_p95", "latency_ms_b32", "latency_ms_b32_p95", "throughput_per_s"}
+    names = {f"latency_ms{size}{part}" for size in ("", "_b32") for part in ("", "_p95", "_p99")} | {"throughput_per_s"}
     assert {name: set(speed) for name, speed in figures.items()} == {"onnx": names, "eager": names}
     assert figures["onnx"]["throughput_per_s"] == pytest.approx(32e3 / figures["onnx"]["latency_ms_b32"])
 
@@ -88,6 +89,19 @@ def test_outputs_are_compared_over_all_rows():
     )
     assert figures == {"max_abs_diff": 0.5, "mean_abs_diff": 0.125, "argmax_agreement": 0.75}
     assert "argmax_agreement" not in compare_outputs(lambda x: x[:, 0], lambda x: x[:, 1], inputs)
+
+
+def test_peak_memory_is_what_loading_and_running_a_model_adds():
+    def load():
+        weights = torch.ones(1000, 25_000)  # 100 MB
+
+        def run(batch):
+            return (weights * 2)[0]  # and as many again
+
+        return run
+
+    assert 195 < peak_memory_mb(load, torch.zeros(1)) < 230
+    assert peak_memory_mb(lambda: lambda batch: batch, torch.zeros(1)) < 10
 
 
 def test_a_faster_model_needs_no_excuse():

@@ -21,6 +21,8 @@ MODELS = {"train", "prune[sparsity=0.25]", "prune[sparsity=0.5]", "student", "sp
 }
 MEASURED = {
     *("val_loss", "val_accuracy", "test_loss", "test_accuracy", "size_mb", "num_params"),
+    *("val_accuracy_low", "val_accuracy_high", "test_accuracy_low", "test_accuracy_high"),
+    *("size_zip_mb", "num_nonzero", "num_macs", "peak_memory_mb", "latency_ms_p99", "latency_ms_all_threads"),
     *("latency_ms", "latency_ms_p95", "latency_ms_b32", "latency_ms_b32_p95"),
 }
 

@@ -40,7 +40,10 @@ def test_the_work_ahead_is_told_from_the_config_alone():
     assert workload("train", epochs=7) == {"epochs": 7}
     assert workload("prune", finetune_epochs=2) == {"epochs": 2}
     assert workload("distill", epochs=5) == {"epochs": 5}
+    assert workload("prune", method="magnitude", gradual_epochs=3, finetune_epochs=2) == {"epochs": 5}
+    assert workload("factorize", finetune_epochs=2) == {"epochs": 2}
     assert workload("quantize") == {}
+    assert workload("quantize", method="qat", finetune_epochs=4) == {"epochs": 4}
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,6 @@ def test_a_scheduler_may_be_named_by_one_word():
 
 
 def test_every_config_of_a_built_in_is_a_public_name():
-    for uses in ("tune", "train", "prune", "quantize", "distill", "export", "select"):
+    for uses in ("tune", "train", "prune", "factorize", "quantize", "distill", "export", "select"):
         config = find_kind(uses).config
         assert getattr(heliostat, config.__name__) is config

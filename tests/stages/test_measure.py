@@ -29,6 +29,9 @@ def test_models_are_measured_in_one_session_and_compared_with_where_they_came_fr
     for suffix in ("", "_b32"):
         ratio = plain.metrics[f"latency_ms{suffix}"] / pruned.metrics[f"latency_ms{suffix}"]
         assert pruned.details[f"speedup{suffix}"] == pytest.approx(ratio)
+    on_all = {f"{name}_all_threads" for name in ("latency_ms", "latency_ms_b32", "throughput_per_s")}
+    assert on_all < plain.metrics.keys()
+    assert 0 <= plain.metrics["peak_memory_mb"] < 100
 
 
 def test_a_model_that_does_not_load_is_named_and_the_others_are_measured(bench, subjects):

@@ -1,13 +1,17 @@
 """The stages that make one model out of another: what comes out, and what its record says."""
 
+import shutil
+
 import pytest
 import torch
 
 from heliostat.compression.formats import load_model
-from heliostat.compression.measure import num_params
+from heliostat.compression.size import num_params
 from heliostat.core.imports import resolve
-from heliostat.errors import ArtifactError, StageError
+from heliostat.core.stage import find_kind
+from heliostat.errors import ArtifactError, SpecError, StageError
 from heliostat.stages.measure import measure_quality
+from heliostat.stages.prune import PruneConfig
 from heliostat.training.config import TrainConfig
 
 GUARD = '''
@@ -56,6 +60,70 @@ def test_magnitude_pruning_keeps_its_zeros_through_fine_tuning(bench, trained):
     zeros = sum((m == 0).sum().item() for m in matrices) / sum(m.numel() for m in matrices)
     assert zeros == pytest.approx(0.5, abs=0.02)
     assert num_params(pruned.folder) == num_params(trained.folder)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"method": "semi_structured"},
+        {"method": "magnitude", "sparsity": 0.7, "gradual_epochs": 2},
+        {"method": "magnitude", "penalty": {"name": "l1", "strength": 0.003, "epochs": 2, "threshold": 0.05}},
+    ],
+    ids=["semi_structured", "gradual", "l1"],
+)
+def test_zeros_are_exact_however_they_came_about_and_the_record_counts_them(bench, trained, config):
+    pruned = bench.run("prune", {**config, "finetune_epochs": 1}, model=trained)
+    weights = torch.load(pruned.folder / "weights.pt", weights_only=True)
+    described = pruned.record.details["pruned"]
+    for layer, sparsity in described["layers"].items():
+        assert (weights[f"{layer}.weight"] == 0).float().mean().item() == pytest.approx(sparsity)
+    if "sparsity" in config:
+        assert described["sparsity"] == pytest.approx(config["sparsity"], abs=0.01)
+    assert described["sparsity"] > 0.1
+    num_epochs = len(pruned.record.details["history"])
+    assert num_epochs == find_kind("prune").workload(PruneConfig(**config, finetune_epochs=1))["epochs"]
+    assert pruned.record.details["best_epoch"] == num_epochs
+
+
+@pytest.mark.parametrize("cut_off_at", [2, 3, 5])
+def test_gradual_pruning_that_is_cut_off_ends_as_if_it_had_not_been(bench, trained, monkeypatch, cut_off_at):
+    config = {"method": "magnitude", "sparsity": 0.7, "gradual_epochs": 3, "finetune_epochs": 2}
+    expected = torch.load(bench.run("prune", config, model=trained).folder / "weights.pt", weights_only=True)
+    shutil.rmtree(bench.store / "prune")
+
+    def cut_off(reporter, values, *, step, trial=None):
+        if step == cut_off_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(bench.context("prune").reporter), "metrics", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            bench.run("prune", config, model=trained)
+    found = torch.load(bench.run("prune", config, model=trained).folder / "weights.pt", weights_only=True)
+    assert all(torch.equal(found[name], weights) for name, weights in expected.items())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"importance": "taylor", "scope": "global", "sparsity": 0.5},
+        {"penalty": {"name": "group_lasso", "strength": 0.003, "epochs": 3, "threshold": 0.2}},
+    ],
+    ids=["taylor", "group_lasso"],
+)
+def test_channels_go_by_what_the_loss_says_or_a_penalty_taught(bench, trained, config):
+    pruned = bench.run("prune", config, model=trained)
+    removed = pruned.record.details["pruned"]["channels_removed"]
+    assert set(removed) <= {"0", "2"}
+    assert sum(removed.values()) > 0
+    assert pruned.record.details["pruned"]["kept"]["4"] == "it gives the model's output"
+    assert num_params(pruned.folder) < num_params(trained.folder)
+
+
+def test_a_pattern_that_matches_no_layer_is_refused_before_anything_is_trained(bench, trained):
+    penalty = {"name": "l1", "epochs": 1000}
+    with pytest.raises(SpecError, match="skip: 'layer1' matches no layer"):
+        bench.run("prune", {"method": "magnitude", "penalty": penalty, "skip": ["layer1"]}, model=trained)
 
 
 def test_without_fine_tuning_nothing_is_trained(bench, trained):
@@ -114,8 +182,15 @@ def test_no_stage_that_makes_a_model_looks_at_the_test_split(bench, toy):
 
 def test_quality_is_measured_on_both_held_out_splits(bench, trained):
     figures = measure_quality(trained.folder, bench.task, trained.record.params)
-    assert set(figures) == {"size_mb", "num_params", "val_loss", "val_accuracy", "test_loss", "test_accuracy"}
+    quality = {"loss", "accuracy", "accuracy_low", "accuracy_high"}
+    sizes = {"size_mb", "size_zip_mb", "num_params", "num_nonzero", "num_macs"}
+    assert set(figures) == sizes | {f"{split}_{name}" for split in ("val", "test") for name in quality}
     assert figures["val_accuracy"] == pytest.approx(trained.metrics["val_accuracy"])
+    assert figures["num_macs"] == 8 * 16 + 16 * 16 + 16 * 3
+    for split in ("val", "test"):
+        low, high = figures[f"{split}_accuracy_low"], figures[f"{split}_accuracy_high"]
+        assert low < figures[f"{split}_accuracy"] < high or high == 1
+        assert 0 < high - low < 0.2
 
 
 def test_a_model_without_its_weights_is_an_error_that_names_them(bench, trained):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from heliostat.compression.formats import describe_input, load_model, write_record
+from heliostat.compression.macs import num_macs
 from heliostat.compression.quiet import quiet
 from heliostat.errors import ArtifactError, StageError
 
@@ -53,6 +54,7 @@ def save_onnx(model: nn.Module, folder: Path, *, example: Tensor, opset: int = O
         reason = export(model, example, folder / "model.onnx", opset)
         if reason is None:
             record = {"format": "onnx", "input": {"name": "input", **describe_input(example)}, "opset": opset}
+            record["macs"] = num_macs(model, example)
             write_record(folder, {**record, "exporter": name, "quantization": None})
             reason = _difference(folder, checks, expected)
         if reason is None:

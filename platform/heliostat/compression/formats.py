@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heliostat.compression import prune
+from heliostat.compression.history import replay
+from heliostat.compression.macs import num_macs
 from heliostat.core.imports import call_isolated
 from heliostat.errors import ArtifactError, HeliostatError, nearest
 
@@ -129,7 +130,7 @@ def save_torch(
     Args:
         reference: `module:attribute` of the constructor, which `model_args` are the keyword arguments of.
         example: a batch of inputs; its shape and dtype are recorded.
-        history: what `prune.replay` has to do to a freshly built model before the weights fit.
+        history: what `replay` has to do to a freshly built model before the weights fit.
         code: the user's own source files that the constructor needs: path relative to the import root, and content.
         train_config: kept in the record for whoever trains the model on.
     """
@@ -145,6 +146,7 @@ def save_torch(
         "model_args": dict(model_args),
         "history": list(history),
         "input": describe_input(example),
+        "macs": num_macs(model, example),
         "train_config": None if train_config is None else dict(train_config),
     }
     write_record(folder, record)
@@ -158,7 +160,7 @@ def load_torch(folder: Path) -> nn.Module:
         raise ArtifactError(f"the model in {folder} is in the format {record['format']!r}, not a torch model")
     try:
         model: nn.Module = call_isolated(record["reference"], folder / "code", record["model_args"])
-        prune.replay(model, record["history"])
+        replay(model, record["history"])
     except HeliostatError as error:
         raise ArtifactError(f"the model in {folder} cannot be built: {error}") from error
     except Exception as error:  # the user's constructor may raise anything

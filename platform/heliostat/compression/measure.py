@@ -1,13 +1,12 @@
-"""What a model costs, measured: parameters, size of what is deployed, latency and throughput, and how far its outputs
-are from those of the model that it came from.
+"""What a model costs to run, measured: latency, throughput and memory, and how far its outputs are from another's.
 
 Models that are compared are timed in one process, in short turns, so that a machine that slows down slows all of them
 down alike. A figure in milliseconds means little without its batch size and threads: both are in the metric's name or
 in the record.
 """
 
+import ctypes
 import gc
-import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from heliostat.compression.formats import Model, deployed_files, load_torch, read_record
+from heliostat.compression.formats import Model
 
 Runnable = Callable[[Tensor], Any]
 Name = TypeVar("Name", bound=Hashable)
@@ -29,46 +28,6 @@ ROUNDS = 5
 """A measurement is spread over so many rounds of all batch sizes: a short disturbance hits only one of them."""
 MIN_RUNS = 5
 """In each round."""
-
-
-# --- size -----------------------------------------------------------------------------------------------------------
-
-
-def num_params(model: nn.Module | Path) -> int:
-    """The number of parameters of a torch model, or of the artifact in a folder.
-
-    In an ONNX graph these are the numbers in its constant tensors, a quantised one counted once; scales, zero points,
-    scalars and the integers that only say shapes and axes are not parameters.
-    """
-    if isinstance(model, nn.Module):
-        return sum(p.numel() for p in model.parameters())
-    return NUM_PARAMS[read_record(model)["format"]](model)
-
-
-def _num_params_onnx(folder: Path) -> int:
-    import onnx
-
-    graph = onnx.load(folder / "model.onnx").graph
-    tensors = {t.name: t for t in graph.initializer}
-    scaling = {f"{name.removesuffix('_quantized')}{end}" for name in tensors for end in ("_scale", "_zero_point")}
-    for node in graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            scaling.update(node.input[1:])
-    parameters = [
-        t for name, t in tensors.items() if t.dims and name not in scaling and t.data_type != onnx.TensorProto.INT64
-    ]
-    return sum(math.prod(t.dims) for t in parameters)
-
-
-NUM_PARAMS: dict[str, Callable[[Path], int]] = {
-    "torch": lambda folder: num_params(load_torch(folder)),
-    "onnx": _num_params_onnx,
-}
-
-
-def size_mb(folder: Path) -> float:
-    """The size of the deployed weights or graph in MB (10^6 bytes), without code and records."""
-    return sum(file.stat().st_size for file in deployed_files(folder)) / 1e6
 
 
 # --- speed ----------------------------------------------------------------------------------------------------------
@@ -83,7 +42,7 @@ def measure_speed(
 ) -> dict[Name, dict[str, float]]:
     """The speed of each model as metrics, all timed in turns in this process, by default on one thread.
 
-    `latency_ms` and `latency_ms_p95` are at batch 1, `latency_ms_b32` and `latency_ms_b32_p95` at 32 and so on, and
+    `latency_ms`, `latency_ms_p95` and `latency_ms_p99` are at batch 1, `latency_ms_b32` and so on at 32, and
     `throughput_per_s` is rows per second at the largest batch. Each model is timed for `min_seconds` at each batch
     size, with the garbage collector off; a torch module runs in eval and inference mode.
 
@@ -121,9 +80,10 @@ def _speed(times_ns: Mapping[int, Sequence[int]]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for size, times in times_ns.items():
         suffix = "" if size == 1 else f"_b{size}"
-        p50_ns, p95_ns = np.percentile(times, [50, 95])
+        p50_ns, p95_ns, p99_ns = np.percentile(times, [50, 95, 99])
         metrics[f"latency_ms{suffix}"] = float(p50_ns) / 1e6
         metrics[f"latency_ms{suffix}_p95"] = float(p95_ns) / 1e6
+        metrics[f"latency_ms{suffix}_p99"] = float(p99_ns) / 1e6
         if size == max(times_ns):
             metrics["throughput_per_s"] = size / float(p50_ns) * 1e9
     return metrics
@@ -167,6 +127,34 @@ def _turn(run: Runnable, batch: Tensor) -> list[int]:
         times.append(stop - start)
         if stop >= end:
             return times
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def peak_memory_mb(load: Callable[[], Runnable], batch: Tensor) -> float | None:
+    """By how much this process grows at most while a model is loaded and runs `batch`, in MB (10^6 bytes).
+
+    It is the second time that counts, so that what is only loaded once, such as a runtime's library, does not. None
+    where the system does not tell: only Linux does.
+    """
+    high_water = Path("/proc/self/clear_refs")
+    if not high_water.exists():
+        return None
+    before = 0
+    for _ in range(2):
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed before would be used again, unseen
+        high_water.write_text("5")
+        before = _memory_kb("VmRSS")
+        with torch.no_grad():
+            load()(batch)
+    return (_memory_kb("VmHWM") - before) * 1024 / 1e6
+
+
+def _memory_kb(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 # --- outputs --------------------------------------------------------------------------------------------------------

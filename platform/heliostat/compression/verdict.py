@@ -15,9 +15,9 @@ def why_not_faster(speedup: float, *, method: str, facts: Mapping[str, Any], lat
 
     Args:
         speedup: latency of the model that it came from, divided by its own, at one batch size and number of threads.
-        method: what was done: `magnitude`, `structured`, `static`, `dynamic`, `distill`, `export`.
-        facts: for `static` and `dynamic` the `quantization` entry of its `model.json`; for `structured` and `distill`
-            `params_ratio`, its parameters divided by those of the model that it came from. Else empty.
+        method: what was done: one of `CAUSES`.
+        facts: for the ways to quantize the `quantization` entry of its `model.json`; for `structured`, `factorize` and
+            `distill` `params_ratio`, its parameters divided by those of the model that it came from. Else empty.
         latency_ms: its own latency.
     """
     if speedup >= FASTER:
@@ -30,6 +30,10 @@ def why_not_faster(speedup: float, *, method: str, facts: Mapping[str, Any], lat
 
 def _magnitude(facts: Mapping[str, Any]) -> list[str]:
     return ["its zeros are stored and multiplied like any other weight: no dense kernel skips them (see structured)"]
+
+
+def _semi_structured(facts: Mapping[str, Any]) -> list[str]:
+    return ["only the sparse tensor cores of a GPU skip two zeros of four; a CPU multiplies them"]
 
 
 def _fewer_parameters(facts: Mapping[str, Any]) -> list[str]:
@@ -59,12 +63,20 @@ def _dynamic(facts: Mapping[str, Any]) -> list[str]:
     return [*causes, "the ranges of the activations are found anew at every call"]
 
 
+def _weight_only(facts: Mapping[str, Any]) -> list[str]:
+    return ["it computes in float: only reading the weights is cheaper, which tells where they are large"]
+
+
 CAUSES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "magnitude": _magnitude,
+    "semi_structured": _semi_structured,
     "structured": _fewer_parameters,
+    "factorize": _fewer_parameters,
     "distill": _fewer_parameters,
     "static": _static,
+    "qat": _static,
     "dynamic": _dynamic,
+    "weight_only": _weight_only,
     "export": lambda facts: ["the runtime executes the same operators, at the same precision"],
 }
 

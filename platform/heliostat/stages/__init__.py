@@ -2,6 +2,7 @@
 
 from heliostat.stages.distill import DistillConfig
 from heliostat.stages.export import ExportConfig
+from heliostat.stages.factorize import FactorizeConfig
 from heliostat.stages.prune import PruneConfig
 from heliostat.stages.quantize import QuantizeConfig
 from heliostat.stages.select import SelectConfig
@@ -11,6 +12,7 @@ from heliostat.stages.tune import TuneConfig
 __all__ = [
     "DistillConfig",
     "ExportConfig",
+    "FactorizeConfig",
     "PruneConfig",
     "QuantizeConfig",
     "SelectConfig",

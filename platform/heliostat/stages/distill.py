@@ -1,73 +1,82 @@
 """`distill`: train a smaller student on a teacher's soft outputs (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)."""
 
+import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
-
-from heliostat.core.model import Number, Positive
+from heliostat.core.imports import resolve, why_not_callable
+from heliostat.core.spec import Reference
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.stages.checks import check_arguments, check_loop, check_monitor
+from heliostat.stages.finetuning import SoftTargets, taught_by
 from heliostat.training.config import TrainConfig
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from heliostat.training.batches import Batch
-    from heliostat.training.task import Data
-
-TEACHER_BATCH_SIZE = 256
+log = logging.getLogger(__name__)
 
 
-class DistillConfig(TrainConfig):
+class DistillConfig(SoftTargets, TrainConfig):
     """A train config for the student. Its `model_args` change the teacher's; all else is the student's own."""
 
-    temperature: Positive = 4.0
-    """Divides the logits of both before they are compared: the higher, the more the small ones count."""
-    alpha: Annotated[Number, Field(ge=0, le=1)] = 0.7
-    """The weight of the teacher's outputs; the rest is the weight of the true targets."""
+    model: Reference | None = None
+    """Another constructor than `task.model`; `model_args` are then all of its arguments."""
+
+    @property
+    def code_references(self) -> tuple[str, ...]:
+        return (*super().code_references, *((self.model,) if self.model else ()))
 
 
 def _check(config: DistillConfig, view: ConfigView) -> Iterator[str]:
-    yield from check_arguments(config, view, place="config", partial=True)
+    if config.model is None:
+        yield from check_arguments(config, view, place="config", partial=True)
+    else:
+        problem = why_not_callable(resolve(config.model), config.model_args)
+        if problem:
+            yield f"config.model_args: {config.model!r} {problem}"
     yield from check_monitor(config, view, place="config")
     yield from check_loop(config, view, place="config", workers=1)
+    if config.features and len(view.inputs["teacher"]) > 1:
+        yield f"config.features: layers are matched with those of one teacher, not of {len(view.inputs['teacher'])}"
 
 
 @stage(
     "distill",
-    inputs={"teacher": "model"},
+    inputs={"teacher": "model*"},
     output="model",
+    version=2,
     measured="later",
     workload=lambda config: {"epochs": config.epochs},
     check=_check,
 )
 def distill(context: StageContext, config: DistillConfig) -> StageResult:
-    """Train the student from scratch. The teacher's outputs are computed once where the inputs are tensors."""
-    from heliostat.compression.distill import distillation_loss
+    """Train the student from scratch; several teachers are an ensemble."""
+    from heliostat.compression.distill import mean_outputs
     from heliostat.compression.formats import load_model
+    from heliostat.compression.size import num_params
     from heliostat.stages.models import fine_tune, parity, save_trained, train_config_of
     from heliostat.training.seeding import seed_everything
-    from heliostat.training.task import build_data, build_model, build_objective
+    from heliostat.training.task import build_data, build_model
 
-    source = context.one("teacher")
-    recipe = train_config_of(source)
-    model_args = {**recipe.model_args, **config.model_args}
+    teachers = context.inputs["teacher"]
+    recipe = train_config_of(teachers[0])
+    model_args = config.model_args if config.model else {**recipe.model_args, **config.model_args}
     data_args = config.data_args or recipe.data_args
-    own = config.model_dump(exclude={"temperature", "alpha"}, exclude_unset=True)
+    own = config.model_dump(exclude={"model", *SoftTargets.model_fields}, exclude_unset=True)
     student = TrainConfig.model_validate({**own, "model_args": model_args, "data_args": data_args})
-    teacher = load_model(source.folder)
-    loss = build_objective(context.task).loss
-
-    def batch_loss(outputs: "Tensor", batch: "Batch") -> "Tensor":
-        soft = batch[2] if len(batch) > 2 else teacher(batch[0])
-        return distillation_loss(outputs, soft, batch[1], loss=loss, temperature=config.temperature, alpha=config.alpha)
 
     seed_everything(context.seed)
-    model = build_model(context.task, student.model_args)
-    data = _with_teacher(build_data(context.task, student.data_args), teacher)
-    fitted = fine_tune(context, model, student, batch_loss=batch_loss, data=data)
-    files = save_trained(context, model.eval(), config=student)
+    task = context.task.model_copy(update={"model": config.model}) if config.model else context.task
+    model = build_model(task, student.model_args)
+    warnings = [
+        f"the student is no smaller than {teacher.node}: {num_params(model)} of {num_params(teacher.folder)} parameters"
+        for teacher in teachers
+        if num_params(model) >= num_params(teacher.folder)
+    ]
+    for warning in warnings:
+        log.warning("%s: %s", context.node, warning)
+    data = build_data(context.task, student.data_args)
+    with taught_by(teachers, config, task=context.task, student=model, data=data) as (batch_loss, taught):
+        fitted = fine_tune(context, model, student, batch_loss=batch_loss, data=taught)
+    files = save_trained(context, model.eval(), config=student, reference=config.model)
+    teacher = mean_outputs([load_model(teacher.folder) for teacher in teachers])
     return StageResult(
         files=files,
         metrics=fitted.metrics,
@@ -75,22 +84,10 @@ def distill(context: StageContext, config: DistillConfig) -> StageResult:
         details={
             "best_epoch": fitted.epoch,
             "history": fitted.history,
+            "warnings": warnings,
             "parity": {
                 "reload": parity(context, student, model, against="the model before saving"),
-                "source": parity(context, student, teacher, against=source.node),
+                "source": parity(context, student, teacher, against=", ".join(t.node for t in teachers)),
             },
         },
     )
-
-
-def _with_teacher(data: "Data", teacher: Any) -> "Data":
-    """The training split with the teacher's outputs as a third tensor, if it is tensors; else as it is."""
-    from torch.utils.data import TensorDataset
-
-    from heliostat.compression.distill import teacher_outputs
-
-    train = data["train"]
-    if not isinstance(train, TensorDataset):
-        return data
-    inputs, targets = train.tensors[:2]
-    return {**data, "train": TensorDataset(inputs, targets, teacher_outputs(teacher, inputs, TEACHER_BATCH_SIZE))}

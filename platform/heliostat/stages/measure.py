@@ -4,9 +4,11 @@ Quality is computed beside other work. Speed is measured with every CPU of a nod
 it, and of all models that wait for it in one go, in turns: only so can they be compared with each other.
 """
 
+import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from heliostat.compression.formats import Model
+    from heliostat.training.task import Metric, Objective
 
 SECONDS_PER_BATCH_SIZE = 0.15
 """Every CPU of a node waits while speed is measured; so many seconds give thousands of runs of a small network."""
+SECONDS_ON_ALL_THREADS = 0.05
+"""For the same on every CPU, where only the typical run is reported."""
 LOADED_AT_ONCE_MB = 2000.0
 """Larger models are measured in several groups, each with the models that its members came from."""
 
@@ -62,24 +67,52 @@ def input_example(task: Task, params: Mapping[str, Any]) -> "np.ndarray[Any, Any
 
 
 def measure_quality(folder: Path, task: Task, params: Mapping[str, Any]) -> dict[str, float]:
-    """Loss and metrics on `val`, which choices use, and on `test`, which is only reported; size and parameters."""
+    """Loss and metrics on `val`, which choices use, and on `test`, which is only reported; size and arithmetic.
+
+    `val_accuracy_low` and `val_accuracy_high` are the ends of the 95 % interval of `val_accuracy`, and so on.
+    """
     from heliostat.compression.formats import load_model
-    from heliostat.compression.measure import num_params, size_mb
+    from heliostat.compression.size import num_nonzero, num_params, size_mb, size_zip_mb
+    from heliostat.stages.models import describe
     from heliostat.training.evaluation import evaluate
     from heliostat.training.task import build_data, build_objective
 
     model = load_model(folder)
     data, objective = build_data(task, recipe_of(params).data_args), build_objective(task)
-    figures: dict[str, float] = {"size_mb": size_mb(folder), "num_params": num_params(folder)}
+    figures: dict[str, float] = {
+        "size_mb": size_mb(folder),
+        "size_zip_mb": size_zip_mb(folder),
+        "num_params": num_params(folder),
+        "num_nonzero": num_nonzero(folder),
+    }
+    if (macs := describe(folder).get("macs")) is not None:  # an own stage may write a model in its own way
+        figures["num_macs"] = macs
     for split in ("val", "test"):
         if split in data:
-            figures |= evaluate(model, data[split], objective, split=split)
+            figures |= evaluate(model, data[split], _with_intervals(objective, split, figures), split=split)
     return figures
 
 
-def measure_speeds(subjects: Sequence[Subject], task: Task) -> list[Speed | str]:
-    """Latency (p50, p95) at batch 1 and 32 and throughput of each model, one thread, on real samples, all in turns.
+def _with_intervals(objective: "Objective", split: str, figures: dict[str, float]) -> "Objective":
+    """The objective, whose metrics also put the ends of their intervals into `figures`."""
+    from heliostat.compression.bootstrap import confidence_interval
 
+    def noting(metric: "Metric") -> "Metric":
+        def function(outputs: "Tensor", targets: "Tensor") -> float:
+            name = f"{split}_{metric.name}"
+            low, high = confidence_interval(metric.function, outputs, targets)
+            figures.update({f"{name}_low": low, f"{name}_high": high})
+            return metric.function(outputs, targets)
+
+        return replace(metric, function=function)
+
+    return replace(objective, metrics=tuple(noting(metric) for metric in objective.metrics))
+
+
+def measure_speeds(subjects: Sequence[Subject], task: Task) -> list[Speed | str]:
+    """Latency (p50, p95, p99) at batch 1 and 32 and throughput of each model on real samples, all in turns.
+
+    They are of one thread; the names of those of all end in `_all_threads`. Memory is for loading and a batch of 32.
     The models that they came from are timed with them. Of a model that does not load or run, the reason is given.
     """
     session = uuid.uuid4().hex
@@ -91,7 +124,7 @@ def measure_speeds(subjects: Sequence[Subject], task: Task) -> list[Speed | str]
 
 def _groups(subjects: Sequence[Subject]) -> Iterator[list[Subject]]:
     """The subjects in groups whose models, with those that they came from, can be loaded at once."""
-    from heliostat.compression.measure import size_mb
+    from heliostat.compression.size import size_mb
 
     group: list[Subject] = []
     loaded: dict[Path, float] = {}
@@ -107,7 +140,8 @@ def _groups(subjects: Sequence[Subject]) -> Iterator[list[Subject]]:
 
 
 def _measure_group(group: Sequence[Subject], task: Task, session: str) -> dict[Path, Speed | str]:
-    from heliostat.compression.measure import measure_speed
+    from heliostat.compression.formats import load_model
+    from heliostat.compression.measure import measure_speed, peak_memory_mb
 
     ready: dict[Path, tuple[Callable[[Tensor], Any], Tensor]] = {}
     failed: dict[Path, Speed | str] = {}
@@ -119,6 +153,12 @@ def _measure_group(group: Sequence[Subject], task: Task, session: str) -> dict[P
                 except Exception as error:  # a user's model may raise anything; the others are measured all the same
                     failed[subject.folder] = f"its speed cannot be measured: {type(error).__name__}: {error}"
     figures = measure_speed(ready, min_seconds=SECONDS_PER_BATCH_SIZE)
+    on_all = measure_speed(ready, threads=len(os.sched_getaffinity(0)), min_seconds=SECONDS_ON_ALL_THREADS)
+    for folder, (_, rows) in ready.items():
+        typical = {name: figure for name, figure in on_all[folder].items() if "_p9" not in name}
+        figures[folder] |= {f"{name}_all_threads": figure for name, figure in typical.items()}
+        if (grown := peak_memory_mb(partial(load_model, folder), rows)) is not None:
+            figures[folder]["peak_memory_mb"] = grown
     measured = {
         subject.folder: Speed(figures[subject.folder], {"session": session, **_against_source(subject, figures)})
         for subject in group
@@ -139,7 +179,7 @@ def _load(folder: Path, task: Task, params: Mapping[str, Any]) -> "tuple[Model, 
 
 def _against_source(subject: Subject, figures: Mapping[Path, Mapping[str, float]]) -> dict[str, Any]:
     """How much faster than the model that it came from, and if it is not, why."""
-    from heliostat.compression.measure import num_params
+    from heliostat.compression.size import num_params
     from heliostat.compression.verdict import CAUSES, why_not_faster
     from heliostat.stages.models import describe
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from heliostat.core.artifact import Artifact
 from heliostat.core.imports import own_sources
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from heliostat.training.batches import Batch
+    from heliostat.training.checkpoints import Checkpoints
     from heliostat.training.loop import Fit
 
 PARITY_SAMPLES = 256
+BATCH = 64
 
 
 def example_of(task: Task, config: TrainConfig) -> "Tensor":
@@ -86,6 +88,13 @@ def save_trained(
     )
 
 
+def checkpoints_of(context: StageContext, phase: str) -> "Checkpoints":
+    """Where a training of a node's keeps its checkpoints: the last one in the folder itself, an earlier phase below."""
+    from heliostat.training.checkpoints import Checkpoints
+
+    return Checkpoints(context.folder / "checkpoints" / phase)
+
+
 def fine_tune(
     context: StageContext,
     model: "nn.Module",
@@ -94,9 +103,15 @@ def fine_tune(
     batch_loss: "Callable[[Tensor, Batch], Tensor] | None" = None,
     after_step: "Callable[[nn.Module], None] | None" = None,
     data: Any = None,
+    phase: str = "",
+    keep: Literal["best", "last"] = "best",
+    earlier: int = 0,
 ) -> "Fit":
-    """Train `model` in place with the one loop, going on from the node's own checkpoints after a crash."""
-    from heliostat.training.checkpoints import Checkpoints
+    """Train `model` in place with the one loop, going on from the node's own checkpoints after a crash.
+
+    A stage that trains more than once names each `phase` but the last, and says how many `earlier` epochs it reported.
+    The model ends with the weights of the best epoch, or the last.
+    """
     from heliostat.training.loop import fit
     from heliostat.training.seeding import seed_everything
     from heliostat.training.task import build_data, build_objective
@@ -108,13 +123,35 @@ def fine_tune(
         config,
         objective=build_objective(context.task),
         seed=context.seed,
-        on_epoch=lambda epoch, row: context.reporter.metrics(row, step=epoch),
-        checkpoints=Checkpoints(context.folder / "checkpoints"),
+        on_epoch=lambda epoch, row: context.reporter.metrics(row, step=earlier + epoch),
+        checkpoints=checkpoints_of(context, phase),
         batch_loss=batch_loss,
         after_step=after_step,
     )
-    model.load_state_dict(fitted.state)
+    if keep == "best":
+        model.load_state_dict(fitted.state)
     return fitted
+
+
+def backward_on(task: Task, config: TrainConfig, *, count: int) -> "Callable[[nn.Module], None]":
+    """A function that adds to a model's parameters the gradients of the loss over so many training samples, or all."""
+    import torch
+
+    from heliostat.training.batches import epoch_batches
+    from heliostat.training.task import build_data, build_objective
+    from heliostat.training.world import World
+
+    train, loss, steps = build_data(task, config.data_args)["train"], build_objective(task).loss, -(-count // BATCH)
+
+    def backward(model: "nn.Module") -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for _, batch in epoch_batches(
+            train, batch_size=BATCH, seed=0, epoch=1, world=World(), device=torch.device("cpu"), max_steps=steps
+        ):
+            loss(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+
+    return backward
 
 
 def parity(context: StageContext, config: TrainConfig, source: Any, *, against: str) -> dict[str, Any]:

@@ -15,10 +15,14 @@ from heliostat.stages.checks import check_metric
 COSTS = (
     "latency_ms",
     "latency_ms_p95",
+    "latency_ms_p99",
     "latency_ms_b32",
     "latency_ms_b32_p95",
     "size_mb",
+    "size_zip_mb",
     "num_params",
+    "num_nonzero",
+    "num_macs",
 )
 """What a choice may minimise: every model is measured for these."""
 DIGITS = 6

@@ -3,8 +3,10 @@ import torch
 
 from heliostat.compression.export import save_onnx
 from heliostat.compression.formats import load_model, read_record, save_torch
-from heliostat.compression.measure import compare_outputs, num_params, size_mb
-from heliostat.compression.quantize import dynamic, static
+from heliostat.compression.measure import compare_outputs
+from heliostat.compression.quantize.post_training import dynamic, layers_of, static, weight_only
+from heliostat.compression.size import num_params, size_mb
+from heliostat.compression.verdict import has_int8_instructions
 from heliostat.errors import ArtifactError, SpecError, StageError
 
 
@@ -104,3 +106,46 @@ def test_only_a_float_onnx_artifact_can_be_quantised(tmp_path, exported, images)
     dynamic(exported, tmp_path / "int8")
     with pytest.raises(ArtifactError, match="quantised already"):
         static(tmp_path / "int8", tmp_path / "again", calibration=[images])
+
+
+def test_skipped_layers_stay_in_float_and_a_pattern_that_matches_none_is_refused(tmp_path, exported, images):
+    layers = layers_of(exported)
+    assert len(layers) == 5
+    static(exported, tmp_path / "int8", calibration=[images], skip=["/head/*", "/stem/*"])
+    quantization = read_record(tmp_path / "int8")["quantization"]
+    assert (quantization["int8_ops"], quantization["float_ops"]) == ({"Conv": 3}, {"Conv": 1, "Gemm": 1})
+    with pytest.raises(SpecError, match=r"skip: '/haed/\*' matches no layer"):
+        static(exported, tmp_path / "int8", calibration=[images], skip=["/haed/*"])
+
+
+def test_the_record_says_what_ran_and_whether_the_processor_is_fast_at_it(tmp_path, exported, images):
+    static(exported, tmp_path / "int8", calibration=[images])
+    quantization = read_record(tmp_path / "int8")["quantization"]
+    assert quantization["backend"] == "onnxruntime"
+    assert quantization["int8_instructions"] is has_int8_instructions()
+
+
+@pytest.mark.parametrize(("bits", "off_by"), [(8, 0.01), (4, 0.2)])
+def test_weight_only_shrinks_the_matrix_products_of_a_transformer(tmp_path, nets, bits, off_by):
+    tokens = torch.randint(50, (8, 7))
+    save_onnx(nets.Transformer(), tmp_path / "float", example=tokens)
+    weight_only(tmp_path / "float", tmp_path / "small", bits=bits, group_size=16)
+    figures = compare_outputs(load_model(tmp_path / "float"), load_model(tmp_path / "small"), tokens)
+    assert 0 < figures["mean_abs_diff"] < off_by
+    quantization = read_record(tmp_path / "small")["quantization"]
+    assert quantization["bits"] == bits
+    assert quantization["int8_ops"] == {"MatMul": 9}
+    assert quantization["float_ops"] == {}
+
+
+def test_fewer_bits_make_a_smaller_file_and_skipped_layers_stay_exact(tmp_path, nets):
+    inputs = torch.randn(4, 64)
+    save_onnx(nets.mlp(64, 256, 5), tmp_path / "float", example=inputs)
+    weight_only(tmp_path / "float", tmp_path / "8", bits=8)
+    weight_only(tmp_path / "float", tmp_path / "4", bits=4)
+    assert size_mb(tmp_path / "4") < 0.7 * size_mb(tmp_path / "8")
+    assert size_mb(tmp_path / "8") < 0.4 * size_mb(tmp_path / "float")
+    first, second = layers_of(tmp_path / "float")
+    weight_only(tmp_path / "float", tmp_path / "some", bits=8, skip=[first])
+    assert read_record(tmp_path / "some")["quantization"]["int8_ops"] == {"MatMul": 1}
+    assert second not in first

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from heliostat.compression.prune import magnitude, replay, structured
+from heliostat.compression.history import replay
+from heliostat.compression.prune.masks import magnitude
+from heliostat.compression.prune.structured import structured
 from heliostat.errors import SpecError, StageError
 
 

@@ -1,0 +1,5 @@
+"""Ways to compute with, or only to store, small integers.
+
+`post_training` turns one ONNX artifact into another, for ONNX Runtime. `aware` lets a torch model train with the
+rounding that this will bring, and `sensitivity` finds the layers that had better stay in float.
+"""

@@ -1,0 +1,106 @@
+"""Compression that cannot be done as it is written."""
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"method": "magnitud"},
+            "method: 'magnitud' is not one of structured, magnitude, semi_structured; did you mean",
+        ),
+        ({"sparsity": 1.0}, "config.sparsity: input should be less than 1, not 1.0"),
+        ({"sparsity": -0.1}, "config.sparsity: input should be greater than or equal to 0, not -0.1"),
+        ({"head_sparsity": 1}, "config.head_sparsity: input should be less than 1, not 1"),
+        ({"gradual_epochs": 2}, "config: structured takes no 'gradual_epochs'; it takes head_sparsity, importance,"),
+        ({"method": "magnitude", "importance": "taylor"}, "magnitude takes no 'importance'; it takes gradual_epochs,"),
+        ({"method": "semi_structured", "sparsity": 0.4}, "semi_structured takes no 'sparsity'; it takes skip"),
+        ({"importance": "tailor"}, "'tailor' is not one of magnitude, taylor, bn_scale; did you mean 'taylor'?"),
+        ({"penalty": {"name": "l2"}}, "config.penalty.name: 'l2' is not one of l1, group_lasso"),
+        ({"penalty": {"name": "l1"}}, "config: structured goes with the penalty 'group_lasso', not 'l1'"),
+        (
+            {"scheduler": {"name": "StepLR"}},
+            "config.scheduler.options: 'torch.optim.lr_scheduler:StepLR' cannot be called",
+        ),
+        ({"penalty": {"name": "group_lasso", "strength": 0.0}}, "penalty.strength: input should be greater than 0"),
+        (
+            {"method": "magnitude", "penalty": {"name": "l1"}, "sparsity": 0.4},
+            "config: the penalty's threshold decides what goes; leave 'sparsity' out",
+        ),
+    ],
+)
+def test_a_way_to_prune_that_makes_no_sense_is_refused(refusal, config, expected):
+    text = str(refusal({"stages/prune/config": config, "stages/prune/matrix": {}}))
+    assert text.startswith("stages[2] (prune).config")
+    assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"method": "statik"}, "config.method: 'statik' is not one of static, dynamic, qat, weight_only; did you mean"),
+        ({"calibration": "min_max"}, "'min_max' is not one of minmax, entropy, percentile; did you mean 'minmax'?"),
+        ({"calibration_split": "test"}, "config.calibration_split: 'test' is not one of train, val"),
+        ({"calibration_samples": 0}, "config.calibration_samples: input should be greater than or equal to 1, not 0"),
+        ({"method": "dynamic", "max_drop": {"val_accuracy": 0.1}}, "config: dynamic takes no 'max_drop'; it takes"),
+        ({"bits": 4}, "config: static takes no 'bits'; it takes calibration,"),
+        ({"method": "weight_only", "bits": 3}, "config.bits: 3 is not one of 4, 8"),
+        ({"finetune_epochs": 2}, "config: static takes no 'finetune_epochs'; it takes calibration,"),
+        ({"method": "qat", "finetune_epochs": 0}, "config: qat learns in training; give it finetune_epochs"),
+        ({"max_drop": {"val_acc": 0.1}}, "config.max_drop.val_acc: nobody reports 'val_acc'; did you mean"),
+        ({"max_drop": {"test_accuracy": 0.1}}, "'test_accuracy' is of the test split, which nothing may choose by"),
+        ({"max_drop": {"val_accuracy": -0.1}}, "max_drop.val_accuracy: input should be greater than or equal to 0"),
+    ],
+)
+def test_a_way_to_quantize_that_makes_no_sense_is_refused(refusal, config, expected):
+    text = str(refusal({"stages/int8/config": config}))
+    assert text.startswith("stages[4] (int8).config")
+    assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"temperature": 0.0}, "config.temperature: input should be greater than 0, not 0.0"),
+        ({"alpha": 1.5}, "config.alpha: input should be less than or equal to 1, not 1.5"),
+        ({"model": "toy:bild_model"}, "'toy' has no 'bild_model'; did you mean 'build_model'?"),
+        ({"model": "toy:build_model", "model_args": {"widht": 3}}, "takes no argument 'widht'; did you mean 'width'?"),
+        ({"features": ["0"]}, "config.features: input should be a mapping"),
+    ],
+)
+def test_a_student_that_cannot_learn_is_refused(refusal, config, expected):
+    text = str(refusal({"stages/student/config": config}))
+    assert text.startswith("stages[3] (student).")
+    assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"energy": 1.5}, "config.energy: input should be less than or equal to 1, not 1.5"),
+        ({"energy": 0.0}, "config.energy: input should be greater than 0, not 0.0"),
+        ({"rank": 0}, "config.rank: input should be greater than or equal to 1, not 0"),
+        ({"rank": 4, "energy": 0.9}, "config: rank and energy: give one of them"),
+        ({"distillation": {"temprature": 2.0}}, "distillation.temprature: unknown field; did you mean 'temperature'?"),
+    ],
+)
+def test_a_rank_that_makes_no_sense_is_refused(toy, refusal, config, expected):
+    thin = {"name": "thin", "uses": "factorize", "inputs": {"model": "train"}, "config": config}
+    text = str(refusal({"stages": [*toy.document["stages"], thin]}))
+    assert text.startswith("stages[6] (thin).config")
+    assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("uses", "config"),
+    [("prune", {}), ("factorize", {}), ("quantize", {"method": "qat"})],
+    ids=lambda value: str(value),
+)
+def test_an_exported_model_goes_into_nothing_that_trains(toy, refusal, uses, config):
+    more = [
+        {"name": "onnx", "uses": "export", "inputs": {"model": "train"}},
+        {"name": "more", "uses": uses, "inputs": {"model": "onnx"}, "config": config},
+    ]
+    text = str(refusal({"stages": [*toy.document["stages"], *more]}))
+    assert "stages[7] (more).inputs.model: what 'export' makes cannot be trained further" in text

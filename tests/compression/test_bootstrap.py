@@ -1,0 +1,26 @@
+import torch
+
+from heliostat.compression.bootstrap import confidence_interval
+
+
+def accuracy(outputs, targets):
+    return (outputs == targets).float().mean().item()
+
+
+def test_the_interval_is_that_of_a_binomial_and_narrows_with_the_number_of_samples():
+    for count, width in ((100, 0.157), (10_000, 0.0157)):  # 2 * 1.96 * sqrt(0.8 * 0.2 / count)
+        outputs = torch.zeros(count)
+        targets = (torch.arange(count) % 5 == 0).float()
+        low, high = confidence_interval(accuracy, outputs, targets)
+        assert low < 0.8 < high
+        assert 0.8 * width < high - low < 1.2 * width
+
+
+def test_the_same_model_has_the_same_interval_and_draws_that_give_no_number_do_not_count():
+    outputs, targets = torch.randint(2, (2, 50)).float()
+    assert confidence_interval(accuracy, outputs, targets) == confidence_interval(accuracy, outputs, targets)
+
+    def sometimes(outputs, targets):
+        return float("nan") if targets[0] == 0 else 1.0
+
+    assert confidence_interval(sometimes, outputs, targets) == (1.0, 1.0)
