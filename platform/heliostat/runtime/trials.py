@@ -133,6 +133,8 @@ class _TuneSearcher(Searcher):  # type: ignore[misc]
 
 
 class _TuneCallback(tune.Callback):  # type: ignore[misc]
+    """Tells the ledger, and leaves little of a trial behind: Tune holds every trial until the search ends."""
+
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
 
@@ -144,6 +146,8 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         outcome = trial.last_result.get("outcome", "stopped")
         self._ledger.ended(trial.config["trial"], outcome, trial.last_result.get("reason"))
+        for statistics in (trial.last_result, trial.metric_analysis, trial.metric_n_steps):
+            statistics.clear()
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         error = trial.get_error()
