@@ -45,6 +45,11 @@ def test_a_way_to_prune_that_makes_no_sense_is_refused(refusal, config, expected
         ({"calibration_samples": 0}, "config.calibration_samples: input should be greater than or equal to 1, not 0"),
         ({"method": "dynamic", "max_drop": {"val_accuracy": 0.1}}, "config: dynamic takes no 'max_drop'; it takes"),
         ({"bits": 4}, "config: static takes no 'bits'; it takes calibration,"),
+        (
+            {"method": "weight_only", "bits": 4, "backend": "torchao"},
+            "torchao stores 4 bits in 8 on a CPU; take",
+        ),
+        ({"backend": "torchao"}, "config: static takes no 'backend'; it takes calibration,"),
         ({"method": "weight_only", "bits": 3}, "config.bits: 3 is not one of 4, 8"),
         ({"finetune_epochs": 2}, "config: static takes no 'finetune_epochs'; it takes calibration,"),
         ({"method": "qat", "finetune_epochs": 0}, "config: qat learns in training; give it finetune_epochs"),

@@ -53,6 +53,17 @@ def test_weight_only_keeps_the_weights_in_4_bits(bench, trained):
     assert _accuracy(bench, small) > _accuracy(bench, trained) - 0.15
 
 
+@pytest.mark.parametrize("method", ["dynamic", "weight_only"])
+def test_torchao_keeps_a_torch_model_and_the_record_says_what_ran(bench, trained, method):
+    small = bench.run("quantize", {"method": method, "backend": "torchao", "skip": ["4"]}, model=trained)
+    quantization = small.record.details["quantization"]
+    assert (quantization["backend"], quantization["int8_ops"]) == ("torchao", {"Linear": 2})
+    assert small.record.details["parity"]["reload"]["max_abs_diff"] == 0
+    figures = measure_quality(small.folder, bench.task, small.record.params)
+    assert figures["val_accuracy"] > _accuracy(bench, trained) - 0.05
+    assert figures["num_macs"] == measure_quality(trained.folder, bench.task, trained.record.params)["num_macs"]
+
+
 @pytest.mark.parametrize("uses", ["prune", "quantize"])
 def test_fine_tuning_learns_from_the_model_as_it_came_in(bench, trained, uses):
     """All weight on the teacher: the labels cannot be learned, yet the outputs stay near."""

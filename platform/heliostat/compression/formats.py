@@ -124,6 +124,8 @@ def save_torch(
     history: Sequence[Mapping[str, Any]] = (),
     code: Mapping[str, bytes] | None = None,
     train_config: Mapping[str, Any] | None = None,
+    macs: int | None = None,
+    quantization: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Save a torch model so that `load_model` can build it again. Returns the names of the files written.
 
@@ -133,6 +135,8 @@ def save_torch(
         history: what `replay` has to do to a freshly built model before the weights fit.
         code: the user's own source files that the constructor needs: path relative to the import root, and content.
         train_config: kept in the record for whoever trains the model on.
+        macs: of one row; counted, unless given.
+        quantization: what was quantised and how, for the record.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, folder / "weights.pt")
@@ -146,7 +150,8 @@ def save_torch(
         "model_args": dict(model_args),
         "history": list(history),
         "input": describe_input(example),
-        "macs": num_macs(model, example),
+        "macs": num_macs(model, example) if macs is None else macs,
+        "quantization": None if quantization is None else dict(quantization),
         "train_config": None if train_config is None else dict(train_config),
     }
     write_record(folder, record)

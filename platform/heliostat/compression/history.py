@@ -11,6 +11,7 @@ from torch import nn
 
 from heliostat.compression import factorize
 from heliostat.compression.prune import heads, structured
+from heliostat.compression.quantize import eager
 
 History = list[dict[str, Any]]
 
@@ -18,6 +19,7 @@ REPLAY: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "structured": structured.replay,
     "heads": heads.replay,
     "factorize": factorize.replay,
+    "int8_linear": eager.replay,
 }
 """What each kind of step does to a freshly built model, in place."""
 

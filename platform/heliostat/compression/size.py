@@ -49,7 +49,8 @@ def size_zip_mb(folder: Path) -> float:
 
 def _count_torch(folder: Path) -> tuple[int, int]:
     parameters = list(load_torch(folder).parameters())
-    return sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in parameters)
+    dense = [p.dequantize() if hasattr(p, "qdata") else p for p in parameters]  # torchao's own tensors cannot count
+    return sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in dense)
 
 
 def _count_onnx(folder: Path) -> tuple[int, int]:

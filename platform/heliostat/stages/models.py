@@ -72,8 +72,12 @@ def save_trained(
     config: TrainConfig,
     history: Sequence[Mapping[str, Any]] = (),
     reference: str | None = None,
+    **more: Any,
 ) -> list[str]:
-    """Write a torch model artifact with the user's own source beside the weights; the names of its files."""
+    """Write a torch model artifact with the user's own source beside the weights; the names of its files.
+
+    `more` goes to `formats.save_torch`.
+    """
     from heliostat.compression.formats import save_torch
 
     reference = reference or context.task.model
@@ -85,6 +89,7 @@ def save_trained(
         history=history,
         code=own_sources([reference], context.root),
         example=example_of(context.task, config),
+        **more,
     )
 
 

@@ -1,4 +1,4 @@
-"""`quantize`: small integers through ONNX Runtime, after training or learned in it."""
+"""`quantize`: small integers through ONNX Runtime or torchao, after training or learned in it."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,9 +25,9 @@ CALIBRATION_BATCH_SIZE = 64
 CALIBRATED = frozenset({"calibration", "calibration_samples", "calibration_split", "per_channel", "reduce_range"})
 OPTIONS: dict[str, frozenset[str]] = {
     "static": CALIBRATED | {"max_drop"},
-    "dynamic": CALIBRATED,  # it needs only `reduce_range`; a matrix over both methods says how `static` calibrates
+    "dynamic": CALIBRATED | {"backend"},  # how to calibrate is for `static`, in a matrix over both
     "qat": CALIBRATED | {"max_drop"} | FineTuning.model_fields.keys(),
-    "weight_only": frozenset({"bits", "group_size"}),
+    "weight_only": frozenset({"backend", "bits", "group_size"}),
 }
 """What each method takes beside `skip`."""
 
@@ -41,6 +41,8 @@ class QuantizeConfig(FineTuning):
     """
 
     method: Literal["static", "dynamic", "qat", "weight_only"] = "static"
+    backend: Literal["onnxruntime", "torchao"] = "onnxruntime"
+    """What runs the outcome. torchao keeps a torch model, with int8 weights in its linear layers."""
     calibration: Literal["minmax", "entropy", "percentile"] = "minmax"
     calibration_samples: Count = 256
     calibration_split: Literal["train", "val"] = "train"
@@ -53,7 +55,7 @@ class QuantizeConfig(FineTuning):
     group_size: Literal[16, 32, 64, 128, 256] = 32
     """So many weights in a row share a scale."""
     skip: tuple[str, ...] = ()
-    """Patterns of names of layers that stay in float: those of the ONNX graph, such as `/head/*`."""
+    """Patterns of names of layers that stay in float: of the ONNX graph, such as `/head/*`, or torch's for torchao."""
     finetune_epochs: NonNegativeInt = 3
     """Of `qat`."""
 
@@ -63,6 +65,8 @@ class QuantizeConfig(FineTuning):
             if option not in OPTIONS[self.method]:
                 takes = ", ".join(sorted(OPTIONS[self.method]))
                 raise ValueError(f"{self.method} takes no {option!r}; it takes {takes}")
+        if self.backend == "torchao" and self.bits != 8:
+            raise ValueError(f"torchao stores {self.bits} bits in 8 on a CPU; take the backend 'onnxruntime'")
         if self.method == "qat" and not self.finetune_epochs:
             raise ValueError("qat learns in training; give it finetune_epochs, or take static")
         return self
@@ -75,6 +79,8 @@ def _check(config: QuantizeConfig, view: ConfigView) -> Iterator[str]:
         elif config.method == "qat":
             yield from check_trainable(view, slot="model")
             yield from check_tuning(config, view)
+        elif config.backend == "torchao":
+            yield from check_trainable(view, slot="model")
     for metric in config.max_drop:
         yield from check_metric(metric, view, place=f"config.max_drop.{metric}", splits=("val",))
 
@@ -99,6 +105,8 @@ def quantize(context: StageContext, config: QuantizeConfig) -> StageResult:
     from heliostat.compression.quantize.post_training import dynamic, static, weight_only
     from heliostat.stages.models import describe, parity, samples, torch_model, train_config_of
 
+    if config.backend == "torchao":
+        return _in_torch(context, config)
     source = context.one("model")
     recipe = train_config_of(source)
     details: dict[str, Any] = {}
@@ -157,6 +165,41 @@ def _equal_batches(rows: "Tensor") -> "Sequence[Tensor]":
 
     size = len(rows) // -(-len(rows) // CALIBRATION_BATCH_SIZE)
     return [batch for batch in torch.split(rows, size) if len(batch) == size]
+
+
+def _in_torch(context: StageContext, config: QuantizeConfig) -> StageResult:
+    from heliostat.compression.quantize.eager import quantize_linear
+    from heliostat.compression.verdict import has_int8_instructions
+    from heliostat.stages.models import describe, parity, save_trained, torch_model, train_config_of
+
+    assert config.method in ("dynamic", "weight_only")
+    source = context.one("model")
+    recipe, described, model = train_config_of(source), describe(source.folder), torch_model(source)
+    small, steps = quantize_linear(model, scheme=config.method, skip=config.skip)
+    layers = steps[0]["layers"]
+    quantization = {
+        "backend": "torchao",
+        "method": config.method,
+        "bits": 8,
+        "int8_ops": {"Linear": len(layers)},
+        "float_ops": {},
+        "int8_instructions": has_int8_instructions(),
+    }
+    files = save_trained(
+        context,
+        small,
+        config=recipe,
+        history=[*described["history"], *steps],
+        reference=described["reference"],
+        macs=described["macs"],
+        quantization=quantization,
+    )
+    compared = {
+        "reload": parity(context, recipe, small, against="the model before saving"),
+        "source": parity(context, recipe, model, against=source.node),
+    }
+    details = {"quantization": quantization, "parity": compared}
+    return StageResult(files=files, params=source.record.params, details=details)
 
 
 def _aware(
