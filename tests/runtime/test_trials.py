@@ -102,10 +102,23 @@ def test_an_objective_that_nobody_reports_is_named_with_what_is_reported(run):
         run(objective=("val_f1", "max"), trials=1)
 
 
-def test_a_killed_process_is_a_failed_trial_and_the_search_goes_on(run):
-    outcome = run(algorithm="grid", space={"model_args.fail": {"grid": ["kill", None]}}, resources=ONE_AT_A_TIME)
-    assert [trial.status for trial in outcome.trials] == ["failed", "done"]
+def test_a_trial_whose_process_died_begins_anew_as_often_as_it_may(run, tmp_path, reporter):
+    once = {"model_args.once": {"grid": [str(tmp_path / "one"), str(tmp_path / "two")]}}
+    outcome = run(algorithm="grid", space=once, resources=ONE_AT_A_TIME, retries=1)
+    assert [(trial.status, trial.epochs) for trial in outcome.trials] == [("done", 2), ("done", 2)]
+    assert [event["id"] for event in events(tmp_path, "restarted")] == ["0001", "0002"]
+    assert {trial: [epoch for epoch, _ in rows] for trial, rows in reporter.rows.items()} == {
+        "0001": [1, 2],
+        "0002": [1, 2],
+    }
+
+
+def test_a_process_that_dies_each_time_is_a_failed_trial_and_bad_code_is_not_tried_again(run, tmp_path):
+    space = {"model_args.fail": {"grid": ["kill", "raise", None]}, "model_args.builds": str(tmp_path / "builds")}
+    outcome = run(algorithm="grid", space=space, resources=ONE_AT_A_TIME, retries=1)
+    assert [trial.status for trial in outcome.trials] == ["failed", "failed", "done"]
     assert "killed or crashed" in outcome.trials[0].reason
+    assert (tmp_path / "builds").read_text().split() == ["built"] * 4  # twice, once, once
 
 
 def test_parameters_that_make_no_config_fail_their_trial_alone(run):

@@ -50,7 +50,7 @@ class Reported:
 
 @dataclass(frozen=True)
 class Restarted:
-    """A trial that was under way when the search was cut off begins anew, under the same id and parameters."""
+    """A trial begins anew, with its parameters: its process died, or the search was cut off while it was under way."""
 
     id: str
 

@@ -92,6 +92,10 @@ class Ledger:
         params = json.dumps(self.standing.open[trial].params)
         return {"trial": trial, "params": params, "seed": trial_seed(self._seed, trial)}
 
+    def restarted(self, trial: str) -> None:
+        """The trial's process died, and another begins it anew."""
+        self._record(Restarted(trial))
+
     def rows(self, trial: str, rows: Sequence[Row]) -> None:
         if rows:
             self._record(Reported(trial, rows))

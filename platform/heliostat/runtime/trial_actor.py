@@ -43,6 +43,8 @@ class TrialWork:
     root: Path
     folder: Path
     resources: Resources
+    retries: int
+    """How often a process that died is started again: the trial's own, or all its workers together."""
 
 
 class BadTrialError(HeliostatError):
@@ -170,6 +172,7 @@ def _train_together(work: TrialWork, trial: str, config: TrainConfig, seed: int,
             folder=folder,
             reporter=bridge,
             cancel=bridge.stopping,
+            retries=work.retries,
         )
     except KeyboardInterrupt:  # the verdict was to stop
         pass

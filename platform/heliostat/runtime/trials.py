@@ -61,11 +61,13 @@ def search(
     folder: Path,
     reporter: Reporter,
     cancel: threading.Event,
+    retries: int = 0,
 ) -> SearchOutcome:
     """The best of at most `trials` trainings, each of `train` with parameters from `space` laid over it.
 
     `folder` holds `journal.jsonl`; a search that was cut off goes on from there. With one trial at a time and a seed it
-    then makes the suggestions that it would have made uninterrupted. Raises StageError when no trial succeeds,
+    then makes the suggestions that it would have made uninterrupted. `retries` is how often a trial begins anew after
+    its process died; what the user's code raises is that trial's end. Raises StageError when no trial succeeds,
     ResourceError when none can ever fit, and KeyboardInterrupt when `cancel` is set; the journal is intact then.
     """
     metric, mode = objective
@@ -76,7 +78,7 @@ def search(
     try:
         ledger = Ledger(engine, journal, reporter, trials=trials, seed=seed, metric=metric, mode=mode)
         if not ledger.complete:
-            work = TrialWork(task, train, metric, compared_at, root, folder, resources)
+            work = TrialWork(task, train, metric, compared_at, root, folder, resources, retries)
             asha = None
             if scheduler:
                 asha = Asha(scheduler, epochs=train.epochs, mode=mode)
@@ -149,6 +151,9 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
         for statistics in (trial.last_result, trial.metric_analysis, trial.metric_n_steps):
             statistics.clear()
 
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._ledger.restarted(trial.config["trial"])
+
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         error = trial.get_error()
         self._ledger.ended(trial.config["trial"], "failed", f"its process was killed or crashed: {str(error).strip()}")
@@ -201,6 +206,7 @@ def _run_tune(ledger: Ledger, work: TrialWork, asha: Asha | None, *, concurrent:
             search_alg=ConcurrencyLimiter(_TuneSearcher(ledger), max_concurrent=concurrent),
             scheduler=asha,
             num_samples=ledger.left,
+            max_failures=work.retries,  # of the trial's process: what the user's code raises is a result
             resources_per_trial=held,
             reuse_actors=True,
             stop=_Cancelled(cancel),

@@ -164,6 +164,7 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
         folder=context.folder,
         reporter=context.reporter,
         cancel=context.cancel,
+        retries=context.retries,
     )
     states = [trial.status for trial in outcome.trials]
     write_json(
