@@ -173,6 +173,9 @@ def _show_plan(planned: "Plan") -> None:
         work = ", ".join(f"{count} {name}" for name, count in workload(node).items()) if node.status == "run" else ""
         rows.append((node.name, node.uses, node.status, node.reason, work))
     console.print(table_of(("node", "uses", "", "why", "work at most"), rows))
+    for node in planned.nodes:
+        for place, text in node.explained.items():
+            console.print(f"{node.name}, {place}: {text}", markup=False)
     total = estimate(planned)
     known = f"about {duration(total['seconds'])}" if total["seconds"] is not None else "no earlier run to estimate from"
     console.print(

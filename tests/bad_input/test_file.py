@@ -156,8 +156,8 @@ def test_an_unknown_key_is_refused_at_every_level(refusal, changes, expected):
             "it is called with (model, batch)",
         ),
         (
-            {"stages/train/config/strategy": "dpp"},
-            "stages[1] (train).config.strategy: 'dpp' is not one of auto, single, ddp; did you mean 'ddp'?",
+            {"stages/train/config/strategy": "dddp"},
+            "config.strategy.name: 'dddp' is not one of auto, single, ddp, fsdp, tp, pp; did you mean 'ddp'?",
         ),
         (
             {"stages/search/config/trials": -3},

@@ -65,6 +65,15 @@ def test_two_workers_follow_the_curve_of_one(train, reporter, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "tp", "pp"])
+def test_workers_that_share_one_model_go_on_from_the_parts_that_they_left(train, reporter, strategy):
+    train(workers=2, strategy=strategy, epochs=2)
+    fit = train(workers=2, strategy=strategy, epochs=4)
+    assert [epoch for epoch, _ in reporter.rows[None]] == [1, 2, 3, 4]
+    assert list(fit.state) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+@pytest.mark.slow
 def test_the_users_error_in_one_of_several_workers_comes_back_as_its_own_text(train):
     with pytest.raises(StageError, match=r"^ValueError: no net is 4 wide"):
         train(workers=2, model_args={"fail": "raise"})

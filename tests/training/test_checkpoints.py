@@ -73,3 +73,40 @@ def test_loading_never_runs_code(tmp_path: Path) -> None:
     checkpoints.save({"payload": Path("/")}, epoch=1, is_best=False)
     with pytest.raises(Exception, match="Weights only load failed"):
         checkpoints.latest()
+
+
+def test_as_many_are_kept_as_asked_for(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for epoch in range(1, 7):
+        checkpoints.save({"epoch": epoch}, epoch=epoch, is_best=epoch == 2)
+    assert kept_epochs(tmp_path) == [2, 4, 5, 6]
+
+
+def keep_folder(checkpoints: Checkpoints, epoch: int, *, is_best: bool) -> None:
+    aside = checkpoints.folder / f"epoch-{epoch:05d}.tmp"
+    aside.mkdir()
+    for part in range(2):
+        (aside / f"__{part}_0.distcp").write_text(f"{epoch} {part}")
+    checkpoints.keep_folder(aside, epoch=epoch, is_best=is_best)
+
+
+def test_a_damaged_part_of_the_newest_folder_is_noticed_and_the_one_before_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for epoch, is_best in enumerate((True, False, False, True), start=1):
+        keep_folder(checkpoints, epoch, is_best=is_best)
+    assert kept_epochs(tmp_path) == [1, 3, 4]
+    newest = next(tmp_path.glob("epoch-00004*"))
+    assert checkpoints.newest_folders() == (newest, newest)
+    (newest / "__1_0.distcp").unlink()
+    third, first = next(tmp_path.glob("epoch-00003*")), next(tmp_path.glob("epoch-00001*"))
+    assert checkpoints.newest_folders() == (third, first)
+    assert f"{newest} is damaged" in caplog.text
+
+
+def test_a_folder_that_a_crash_left_half_written_is_cleared_away(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    (tmp_path / "epoch-00001.tmp").mkdir()
+    keep_folder(checkpoints, 2, is_best=True)
+    assert kept_epochs(tmp_path) == [2]

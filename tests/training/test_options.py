@@ -96,6 +96,22 @@ def test_the_averaged_weights_are_what_is_evaluated_and_kept_and_training_goes_o
     assert kept["val_loss"] == averaged.metrics["val_loss"] != plain.metrics["val_loss"]
 
 
+def test_what_is_done_to_the_weights_after_a_step_holds_for_their_average(
+    data: Data, objective: Objective, new_model: NewModel
+) -> None:
+    """Such as the zeros of a pruned model."""
+
+    def cut(model: nn.Module) -> None:
+        with torch.no_grad():
+            model[0].weight[:, :4] = 0.0  # type: ignore[index]
+
+    model = new_model()
+    cut(model)
+    config = TrainConfig(epochs=1, batch_size=8, ema_decay=0.9)
+    state = fit(model, data, config, objective=objective, seed=1, after_step=cut).state
+    assert state["0.weight"][:, :4].eq(0).all()
+
+
 def test_the_average_forgets_faster_in_the_beginning(new_model: NewModel) -> None:
     """Written out by hand."""
     model = new_model()

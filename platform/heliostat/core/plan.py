@@ -7,7 +7,7 @@ edges, and the user's functions, which are imported but never called.
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,8 @@ class Node:
     folder: Path
     status: Literal["run", "reuse"] = "run"
     reason: str = ""
+    explained: Mapping[str, str] = field(default_factory=dict)
+    """How parts of the config will be carried out, such as `strategy`."""
     estimate_s: float | None = None
     """The seconds that the stage's last node took, when the store knows one."""
     unmeasured: bool = False
@@ -162,7 +164,8 @@ def _expand(
         inputs |= {slot: tuple(nodes) for slot, nodes in slots.items() if kind.inputs[slot].many}
         config = validate(kind.config, written, f"{place}.config")
         upstream = {slot: [(node.kind, node.config) for node in nodes] for slot, nodes in inputs.items()}
-        _check(kind, config, ConfigView(pipeline.task, functions, upstream, stage.resources), place)
+        view = ConfigView(pipeline.task, functions, upstream, stage.resources)
+        _check(kind, config, view, place)
         identity = _identity(pipeline, kind, config, inputs)
         digest = fingerprint(identity)
         yield Node(
@@ -174,6 +177,7 @@ def _expand(
             inputs=inputs,
             resources=stage.resources,
             retries=stage.retries,
+            explained=_explain(kind, config, view, place),
             identity=identity,
             fingerprint=digest,
             folder=pipeline.storage_folder / pipeline.name / stage.name / digest,
@@ -197,6 +201,13 @@ def _check(kind: StageKind, config: Spec, view: ConfigView, place: str) -> None:
         problems = [str(error)]
     if problems:
         raise SpecError("\n".join(f"{place}.{problem}" for problem in problems))
+
+
+def _explain(kind: StageKind, config: Spec, view: ConfigView, place: str) -> Mapping[str, str]:
+    try:
+        return kind.explain(config, view)
+    except SpecError as error:
+        raise SpecError(f"{place}.config.{error}") from error.__cause__
 
 
 def _connect(

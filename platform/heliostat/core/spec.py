@@ -115,6 +115,8 @@ class Resources(Spec):
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: NonNegative = 0.0
     max_concurrent_trials: Count | None = None
+    keep_checkpoints: Count = 2
+    """So many of the newest checkpoints stay, besides the best epoch known to each."""
 
 
 class Tracking(Spec):

@@ -149,6 +149,8 @@ class StageKind:
     workload: Callable[[Any], Mapping[str, int]]
     """What `plan` says of the work ahead, such as `{"trials": 16, "epochs": 4}`."""
     check: Check
+    explain: Callable[[Any, ConfigView], Mapping[str, str]]
+    """What `plan` says of how a config will be carried out, by place. It may call the user's model function."""
     keeps_metrics: bool
     """The model is one that was measured already, so its metrics are the result's own."""
     measured: Measured
@@ -174,6 +176,7 @@ def stage(
     needs: Callable[[Resources], tuple[float, float]] = lambda r: (r.cpus_per_worker, r.gpus_per_worker),
     workload: Callable[[Any], Mapping[str, int]] = lambda config: {},
     check: Check = lambda config, view: (),
+    explain: Callable[[Any, ConfigView], Mapping[str, str]] = lambda config, view: {},
     keeps_metrics: bool = False,
     measured: Measured = "before",
 ) -> Callable[[F], F]:
@@ -199,6 +202,7 @@ def stage(
             needs=needs,
             workload=workload,
             check=check,
+            explain=explain,
             keeps_metrics=keeps_metrics,
             measured=measured,
             reference=reference,

@@ -52,6 +52,7 @@ def plan_document(planned: "Plan", *, why_not: str | None) -> dict[str, Any]:
                 "config": node.config.model_dump(mode="json"),
                 "needs": dict(zip(("cpus", "gpus"), node.kind.needs(node.resources))),
                 **(workload(node) if node.status == "run" else {}),
+                **({"explained": dict(node.explained)} if node.explained else {}),
                 "estimate_s": node.estimate_s,
             }
             for node in planned.nodes

@@ -98,7 +98,7 @@ def _run(work: TrainWork, *, rank: int, size: int) -> Any:
         world=World(rank, size, torch.device(_device(work.resources))),
         seed=work.seed,
         on_epoch=on_epoch,
-        checkpoints=Checkpoints(work.folder / "checkpoints"),
+        checkpoints=Checkpoints(work.folder / "checkpoints", keep=work.resources.keep_checkpoints),
     )
     if rank != 0:
         return None

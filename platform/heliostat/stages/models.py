@@ -11,7 +11,7 @@ from heliostat.core.imports import own_sources
 from heliostat.core.spec import Task
 from heliostat.core.stage import StageContext
 from heliostat.errors import StageError
-from heliostat.training.config import TrainConfig
+from heliostat.training.config import StrategyConfig, TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -114,6 +114,7 @@ def fine_tune(
 ) -> "Fit":
     """Train `model` in place with the one loop, going on from the node's own checkpoints after a crash.
 
+    It is one worker that does, whatever strategy the model was first trained with.
     A stage that trains more than once names each `phase` but the last, and says how many `earlier` epochs it reported.
     The model ends with the weights of the best epoch, or the last.
     """
@@ -125,7 +126,7 @@ def fine_tune(
     fitted = fit(
         model,
         data or build_data(context.task, config.data_args),
-        config,
+        config.model_copy(update={"strategy": StrategyConfig(name="single")}),
         objective=build_objective(context.task),
         seed=context.seed,
         on_epoch=lambda epoch, row: context.reporter.metrics(row, step=earlier + epoch),

@@ -1,6 +1,6 @@
 """`train`: several workers through Ray Train, or one in place; the best epoch by validation is the artifact."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,6 +27,16 @@ def _needs(resources: Resources) -> tuple[float, float]:
     return resources.workers * resources.cpus_per_worker, resources.workers * resources.gpus_per_worker
 
 
+def _explain(config: TrainConfig, view: ConfigView) -> Mapping[str, str]:
+    if config.strategy.is_replicated:
+        return {}
+    if view.inputs.get("params"):
+        return {"strategy": f"{config.strategy.name}, of the model that the search finds"}
+    from heliostat.training.strategies.preview import preview
+
+    return {"strategy": preview(view.functions["model"], config, workers=view.resources.workers)}
+
+
 @stage(
     "train",
     inputs={"params": "params?"},
@@ -36,6 +46,7 @@ def _needs(resources: Resources) -> tuple[float, float]:
     needs=_needs,
     workload=lambda config: {"epochs": config.epochs},
     check=_check,
+    explain=_explain,
 )
 def train(context: StageContext, config: TrainConfig) -> StageResult:
     """Train the task's model. The parameters that a search found override the config."""

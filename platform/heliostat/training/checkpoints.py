@@ -1,8 +1,9 @@
-"""Checkpoints of one training run in one folder: the newest two, and the best epoch known to each of them.
+"""Checkpoints of one training run in one folder: the newest few, and the best epoch known to each of them.
 
-A file is `epoch-00007.best.0f3a….pt`: `best` marks an epoch that was the best so far, the rest is the start of the
-content's sha256. It is written aside, synced and renamed, so a crash leaves no half file under that name; one that was
-damaged later is noticed by its digest, and the one before is used. Nothing is unpickled but tensors and plain values.
+One is called `epoch-00007.best.0f3a…`: `best` marks an epoch that was the best so far, the rest is the start of the
+content's sha256. It is a file (`.pt`), or a folder where the model is spread over workers. It is written aside, synced
+and renamed, so a crash leaves no half of one under that name; one that was damaged later is noticed by its digest, and
+the one before is used. Files are unpickled as tensors and plain values only.
 """
 
 import hashlib
@@ -10,18 +11,20 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from heliostat.core.spec import Resources
+
 log = logging.getLogger(__name__)
 
 State = dict[str, Any]
-_NAME = re.compile(r"epoch-(?P<epoch>\d+)\.(?P<best>best\.)?(?P<digest>[0-9a-f]{32})\.pt")
-_KEEP_NEWEST = 2
+_NAME = re.compile(r"epoch-(?P<epoch>\d+)\.(?P<best>best\.)?(?P<digest>[0-9a-f]{32})(?P<kind>\.pt)?")
 
 
 class _File(NamedTuple):
@@ -33,45 +36,77 @@ class _File(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Reads and writes a folder. One process writes: rank 0."""
+    """Reads and writes a folder. One process writes: rank 0. The newest `keep` stay."""
 
     folder: Path
+    keep: int = Resources().keep_checkpoints
 
     def save(self, state: State, *, epoch: int, is_best: bool) -> None:
         """Write the state (tensors and plain values) after `epoch`, then delete what is no longer needed."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
-        digest = hashlib.sha256(content).hexdigest()[:32]
-        name = f"epoch-{epoch:05d}.{'best.' if is_best else ''}{digest}.pt"
+        name = _name(epoch, is_best, hashlib.sha256(content).hexdigest()) + ".pt"
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_atomically(self.folder / name, content)
         self._prune(newest=name)
 
+    def keep_folder(self, aside: Path, *, epoch: int, is_best: bool) -> None:
+        """Give a folder that is complete its name, then delete what is no longer needed."""
+        for path in aside.iterdir():
+            _sync(path)
+        name = _name(epoch, is_best, _digest(aside))
+        target = self.folder / name
+        if target.exists():  # the same epoch once more, to the same bytes
+            shutil.rmtree(target)
+        aside.rename(target)
+        _sync(self.folder)
+        self._prune(newest=name)
+
     def latest(self) -> State | None:
         """The newest checkpoint that is intact."""
-        return _first_intact(self._files())
+        return next((_load(file) for file in _intact(self._files())), None)
 
     def best(self) -> State | None:
         """The newest intact checkpoint that was the best when it was written."""
-        return _first_intact(file for file in self._files() if file.is_best)
+        return next((_load(file) for file in _intact(file for file in self._files() if file.is_best)), None)
+
+    def newest_folders(self) -> tuple[Path, Path] | None:
+        """The newest intact folder to go on from, and that of its best epoch."""
+        for newest in _intact(self._files()):
+            for best in _intact(file for file in self._files() if file.is_best and file.epoch <= newest.epoch):
+                return newest.path, best.path
+        return None
 
     def _files(self) -> list[_File]:
         """Newest first."""
-        matches = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("epoch-*.pt"))
+        matches = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("epoch-*"))
         files = [_File(int(m["epoch"]), m["best"] is not None, m["digest"], path) for m, path in matches if m]
         return sorted(files, reverse=True)
 
     def _prune(self, *, newest: str) -> None:
-        """Keep the newest two, and for each the best of its time, so that either is enough to go on from."""
+        """Keep the newest, and for each the best of its time, so that any of them is enough to go on from."""
         epoch = next(file.epoch for file in self._files() if file.path.name == newest)
         past = [file for file in self._files() if file.epoch < epoch or file.path.name == newest]
-        kept = {file.path for file in past[:_KEEP_NEWEST]}
-        for recent in past[:_KEEP_NEWEST]:
+        kept = {file.path for file in past[: self.keep]}
+        for recent in past[: self.keep]:
             kept.update([file.path for file in past if file.is_best and file.epoch <= recent.epoch][:1])
         for path in self.folder.glob("epoch-*"):
             if path not in kept:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _name(epoch: int, is_best: bool, digest: str) -> str:
+    return f"epoch-{epoch:05d}.{'best.' if is_best else ''}{digest[:32]}"
+
+
+def _digest(path: Path) -> str:
+    """The sha256 of a file, or of the names and digests of all files in a folder."""
+    if path.is_dir():
+        lines = [f"{file.name} {_digest(file)}" for file in sorted(path.iterdir())]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_atomically(path: Path, content: memoryview) -> None:
@@ -81,20 +116,28 @@ def _write_atomically(path: Path, content: memoryview) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Write a file, or a folder's names, through to the disk: a rename survives a power cut only with this."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself survives a power cut only with this
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
-def _first_intact(files: Iterable[_File]) -> State | None:
+def _intact(files: Iterable[_File]) -> Iterator[_File]:
     for file in files:
-        content = file.path.read_bytes()
-        if hashlib.sha256(content).hexdigest().startswith(file.digest):
-            state: State = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            return state
-        log.warning(
-            "checkpoint %s is damaged (its content does not match its name); using the one before it", file.path
-        )
-    return None
+        if _digest(file.path).startswith(file.digest):
+            yield file
+        else:
+            log.warning(
+                "checkpoint %s is damaged (its content does not match its name); using the one before it", file.path
+            )
+
+
+def _load(file: _File) -> State:
+    state: State = torch.load(file.path, map_location="cpu", weights_only=True)
+    return state

@@ -3,7 +3,8 @@
 No torch here: `plan` reads this module.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -122,6 +123,88 @@ class SchedulerConfig(Spec):
         return self
 
 
+class FsdpConfig(Spec):
+    """What is gathered as one: each module of a class (`wrap: Block`), or the smallest with so many parameters."""
+
+    wrap: str | Count = 1_000_000
+
+
+TpStyle = Literal["colwise", "rowwise", "sequence"]
+
+
+class TpConfig(Spec):
+    """How layers are split, by patterns of their names; `auto` finds the blocks of plain MLPs and transformers."""
+
+    plan: Literal["auto"] | dict[str, TpStyle] = "auto"
+
+
+class PpConfig(Spec):
+    """Where the model is cut, and how the parts work at the same time."""
+
+    split: Literal["auto"] | tuple[str, ...] = "auto"
+    """The modules that the second and each further stage begin with; `auto` gives each as many parameters."""
+    schedule: Literal["gpipe", "1f1b", "interleaved"] = "1f1b"
+    microbatches: Count = 4
+
+    @property
+    def stages_per_worker(self) -> int:
+        return 2 if self.schedule == "interleaved" else 1
+
+
+StrategyName = Literal["auto", "single", "ddp", "fsdp", "tp", "pp"]
+Axis = Literal["dp", "tp", "pp"]
+
+
+class StrategyConfig(Spec):
+    """How a model is spread over the workers: one word, or `{tp: {plan: …}}`, or `{mesh: {dp: 2, tp: 2}, tp: {…}}`.
+
+    Without `mesh` all workers split one model. An axis `dp` makes several such groups, which share each global batch;
+    left out of a mesh, it has the size that the number of workers leaves it.
+    """
+
+    name: StrategyName = "auto"
+    mesh: dict[Axis, Count] = Field(default_factory=dict)
+    fsdp: FsdpConfig = FsdpConfig()
+    tp: TpConfig = TpConfig()
+    pp: PpConfig = PpConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if not isinstance(value, Mapping) or not value or "name" in value:
+            return value
+        mesh = value.get("mesh")
+        told = [key for key in ("fsdp", "tp", "pp") if key in value or (isinstance(mesh, Mapping) and key in mesh)]
+        if len(told) != 1:
+            raise ValueError(f"name one of fsdp, tp and pp, not {', '.join(told) or 'none'}")
+        return {"name": told[0], **value}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "StrategyConfig":
+        for section in ("fsdp", "tp", "pp"):
+            if section != self.name and (options := getattr(self, section)) != type(options)():
+                raise ValueError(f"{section} has options, but the strategy is {self.name}")
+        if self.mesh and (self.name not in ("tp", "pp") or set(self.mesh) - {"dp", self.name}):
+            raise ValueError(f"a mesh has the axes dp and tp, or dp and pp, not {' and '.join(self.mesh)}")
+        return self
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every worker has the whole model, as the user made it."""
+        return self.name in ("auto", "single", "ddp")
+
+    def sizes(self, workers: int) -> dict[str, int]:
+        """The workers along each axis of tp or pp. Raises ValueError when the mesh is of another number of workers."""
+        told = {str(axis): size for axis, size in self.mesh.items()}
+        inner = told.get(self.name, workers // told.get("dp", 1))
+        sizes = {"dp": told.get("dp", workers // max(1, inner)), self.name: inner}
+        if math.prod(sizes.values()) != workers:
+            raise ValueError(f"a mesh of {' x '.join(f'{axis} {size}' for axis, size in self.mesh.items())}")
+        return sizes
+
+
 class TrainConfig(Spec):
     """One training run. `batch_size` is global: the workers share it, so their number changes nothing but speed."""
 
@@ -131,7 +214,7 @@ class TrainConfig(Spec):
     data_args: dict[str, Any] = Field(default_factory=dict)
     optimizer: OptimizerConfig = OptimizerConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
-    strategy: Literal["auto", "single", "ddp"] = "auto"
+    strategy: StrategyConfig = StrategyConfig()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """What a forward pass computes in; weights stay fp32. With fp16 the loss is scaled, so that gradients survive."""
     clip_grad_norm: Positive | None = None
@@ -162,5 +245,32 @@ class TrainConfig(Spec):
 
 def why_not_trained(config: TrainConfig, *, workers: int, task: Task) -> Iterator[str]:
     """What of the config so many workers cannot do, each as `place in the config: why`."""
-    if config.strategy == "single" and workers > 1:
+    strategy = config.strategy
+    name = strategy.name
+    if name == "single" and workers > 1:
         yield f"strategy: 'single' trains with one worker, not {workers}; take 'ddp' or 'auto'"
+    if strategy.is_replicated:
+        return
+    if workers == 1:
+        yield f"strategy: {name!r} spreads a model over workers, and there is one; take 'auto'"
+        return
+    try:
+        sizes = strategy.sizes(workers)
+    except ValueError as error:
+        yield f"strategy.mesh: {error}, but there are {workers} workers"
+        return
+    if task.train_fn is not None:
+        yield f"strategy: {name!r} changes the parameters that the optimizer of task.train_fn has; take 'ddp' or 'auto'"
+    if config.precision == "fp16":
+        yield f"precision: with {name!r} a worker sees the overflow of its own part only; take bf16"
+    if config.compile and name != "fsdp":
+        yield f"compile: {name!r} changes the layers that would be compiled; take 'ddp' or 'fsdp'"
+    if config.optimizer.is_reference:
+        yield f"optimizer.name: an optimizer by import path may look at whole tensors, and {name!r} gives it parts"
+    if name == "pp":
+        if task.train_step is not None:
+            yield "strategy: 'pp' runs the model in parts, which task.train_step cannot call; take 'fsdp' or 'tp'"
+        if config.accumulate_steps > 1:
+            yield "accumulate_steps: 'pp' computes a batch in microbatches already; set strategy.pp.microbatches"
+        if strategy.pp.microbatches * sizes["dp"] > config.batch_size:
+            yield f"strategy.pp.microbatches: more than the {config.batch_size // sizes['dp']} samples of a batch"

@@ -10,12 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-
-def local(tensor: Tensor) -> Tensor:
-    """This worker's part of a tensor that is spread over workers; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from heliostat.training.strategies.gradients import local
 
 
 class Ema:

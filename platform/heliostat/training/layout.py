@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from heliostat.training.batches import epoch_batches
+from heliostat.training.batches import first_input
 from heliostat.training.world import World
 
 
@@ -19,13 +19,11 @@ def use_fast_layout(model: nn.Module, dataset: Dataset[Any], *, world: World) ->
     """Put a convolutional net on CPU into channels-last layout, if it runs in it; leave any other model alone."""
     if world.device.type != "cpu" or not any(parameter.dim() == 4 for parameter in model.parameters()):
         return
-    first = epoch_batches(dataset, batch_size=1, seed=0, epoch=0, world=World(), device=world.device, max_steps=1)
-    ((_, batch),) = first
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     was_training = model.training
     try:
         with torch.no_grad():
-            model.eval()(batch[0])
+            model.eval()(first_input(dataset, world.device))
     except RuntimeError:  # "view size is not compatible", or an error that the training will raise again
         use_plain_layout(model)
     model.train(was_training)

@@ -7,7 +7,6 @@ reports that epoch again, with the same figures. Every worker calls the same fun
 rank 0 reads and writes checkpoints.
 """
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,23 +14,22 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from heliostat.training.batches import epoch_batches, num_steps
+from heliostat.training.batches import epoch_batches, first_input, num_steps
 from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.config import TrainConfig
 from heliostat.training.evaluation import evaluate
 from heliostat.training.layout import use_fast_layout, use_plain_layout
 from heliostat.training.losses import BatchLoss, LossMeter, LossRule
 from heliostat.training.phases import Phases
-from heliostat.training.progress import Fit, OnEpoch, Progress, cpu_copy, is_better, read_on_first_worker
+from heliostat.training.progress import Fit, OnEpoch, Progress, is_better
+from heliostat.training.resume import put_down, take_up
 from heliostat.training.seeding import derive_seed, deterministic_algorithms, seed_everything
 from heliostat.training.strategies import parallelize
 from heliostat.training.task import Data, Objective
-from heliostat.training.trainee import Trainee, start_training, weights_that_count
+from heliostat.training.trainee import Trainee, start_training
 from heliostat.training.world import World, any_worker, copy_buffers_from_first
 
 __all__ = ["Fit", "OnEpoch", "evaluate", "fit"]
-
-log = logging.getLogger(__name__)
 
 
 def fit(
@@ -56,10 +54,17 @@ def fit(
     """
     world = world or World()
     monitor, mode = objective.monitor(config)
-    use_fast_layout(model, data["train"], world=world)
+    if config.strategy.is_replicated:
+        use_fast_layout(model, data["train"], world=world)
     if config.compile:
         model.compile()
-    parallel = parallelize(model, config.strategy, world)
+    parallel = parallelize(
+        model,
+        config.strategy,
+        world,
+        batch_size=config.batch_size,
+        example=lambda: first_input(data["train"], world.device),
+    )
     rule = LossRule(
         batch_loss or (lambda outputs, batch: objective.loss(outputs, batch[1])),
         train_step=objective.train_step if batch_loss is None else None,
@@ -69,12 +74,8 @@ def fit(
     steps_per_epoch = config.steps_per_epoch or num_steps(data["train"], config.batch_size)
     trainee = start_training(parallel, rule, config, steps_per_epoch=steps_per_epoch, mode=mode)
 
-    progress, best_state, checkpoint_s = Progress(), {}, 0.0
-    if (found := read_on_first_worker(checkpoints, world=world)) is not None:
-        saved, saved_best = found
-        trainee.load(saved)
-        progress, best_state = Progress(**saved["progress"]), cpu_copy(weights_that_count(saved_best))
-        log.info("training goes on after epoch %d", progress.epoch)
+    progress, best_state = take_up(trainee, checkpoints, world=world)
+    checkpoint_s = 0.0
 
     def validate() -> dict[str, float]:
         copy_buffers_from_first(parallel.module, world=parallel.data)
@@ -107,18 +108,18 @@ def fit(
         progress.epoch = epoch
         progress.history.append(row)
         if is_best:
-            progress.best_epoch, best_state = epoch, cpu_copy(weights_that_count(trainee.state()))
+            progress.best_epoch, best_state = epoch, parallel.keep(trainee.weights_that_count())
         asked_to_stop = on_epoch is not None and on_epoch(epoch, row) is True
         is_stale = 0 < config.early_stop_epochs <= epoch - progress.best_epoch
         progress.stopped = any_worker(asked_to_stop or is_stale, world=world)
 
         started = time.perf_counter()
-        if checkpoints is not None and world.rank == 0:
-            checkpoints.save(trainee.state() | {"progress": vars(progress)}, epoch=epoch, is_best=is_best)
+        if checkpoints is not None:
+            put_down(trainee, progress, checkpoints, is_best=is_best, world=world)
         checkpoint_s = time.perf_counter() - started
 
     use_plain_layout(model)
-    return progress.fit(state=best_state)
+    return progress.fit(state=parallel.gather(best_state))
 
 
 def _train_epoch(
@@ -161,6 +162,8 @@ def _train_epoch(
             trainee.step(clip_grad_norm=config.clip_grad_norm)
             if after_step is not None:
                 after_step(parallel.module)
+            if trainee.ema is not None:
+                trainee.ema.update()
             step, progress.steps = step + 1, progress.steps + 1
 
         if config.validate_every_steps and progress.steps % config.validate_every_steps == 0:

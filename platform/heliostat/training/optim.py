@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from heliostat.core.imports import resolve
 from heliostat.errors import SpecError
 from heliostat.training.config import SHAPES, OptimizerConfig, SchedulerConfig
+from heliostat.training.strategies.gradients import is_spread
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -32,8 +33,11 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     if config.is_reference:
         own: torch.optim.Optimizer = resolve(config.name)(trainable, **config.arguments)
         return own
-    fast: dict[str, Any] = {"fused": True} if config.name in FUSED else {"foreach": True}
-    return OPTIMIZERS[config.name](trainable, **config.arguments, **fast)
+    spread = [parameter for parameter in trainable if is_spread(parameter)]
+    whole = [parameter for parameter in trainable if not is_spread(parameter)]
+    fast: dict[str, Any] = {"fused": True} if config.name in FUSED and not spread else {"foreach": True}
+    groups = [{"params": group} for group in (whole, spread) if group]  # one kernel takes only tensors of one kind
+    return OPTIMIZERS[config.name](groups, **config.arguments, **fast)
 
 
 class Schedule:

@@ -58,11 +58,6 @@ class Progress:
         )
 
 
-def cpu_copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict's own copy on CPU, in plain layout, which further training does not change."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-
-
 def is_better(value: float, past: Sequence[float], mode: Mode) -> bool:
     """Whether a figure beats all before it. Not a number is worse than any; the first is the best so far."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heliostat.training.batches import Batch, Share
 from heliostat.training.config import TrainConfig
@@ -13,6 +13,7 @@ from heliostat.training.ema import Ema
 from heliostat.training.losses import LossRule
 from heliostat.training.optim import Schedule, build_optimizer, build_schedule
 from heliostat.training.strategies import Parallel
+from heliostat.training.strategies.gradients import clip_gradients
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,19 @@ class Trainee:
         scaler = self.rule.scaler
         if clip_grad_norm is not None:
             scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parallel.module.parameters(), clip_grad_norm)
+            clip_gradients(self.parallel.module.parameters(), clip_grad_norm, stages=self.parallel.stages)
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step_over()
-        if self.ema is not None:
-            self.ema.update()
 
     def averaged(self) -> AbstractContextManager[None]:
         """Within it the model has its averaged weights, if the config asks for them: those that count."""
         return self.ema.applied() if self.ema is not None else nullcontext()
+
+    def weights_that_count(self) -> dict[str, Tensor]:
+        """The module's state, with the averaged weights where there are any."""
+        return {**self.parallel.module.state_dict(), **(self.ema.average if self.ema is not None else {})}
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values."""
@@ -77,8 +80,3 @@ def start_training(
     )
     ema = Ema(parallel.module, config.ema_decay) if config.ema_decay is not None else None
     return Trainee(parallel, rule, optimizer, schedule, ema)
-
-
-def weights_that_count(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The model's state in a saved state, with the averaged weights where there are any."""
-    return {**state["model"], **state["ema"].get("average", {})}

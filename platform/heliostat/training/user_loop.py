@@ -19,8 +19,9 @@ from heliostat.errors import StageError, nearest
 from heliostat.training.batches import split_evenly
 from heliostat.training.checkpoints import Checkpoints, State
 from heliostat.training.config import TrainConfig
-from heliostat.training.progress import Fit, OnEpoch, Progress, cpu_copy, is_better, read_on_first_worker
+from heliostat.training.progress import Fit, OnEpoch, Progress, is_better, read_on_first_worker
 from heliostat.training.seeding import seed_everything
+from heliostat.training.strategies.parallel import copy_on_cpu
 from heliostat.training.strategies.replicated import replicate
 from heliostat.training.task import Objective, build_objective
 from heliostat.training.world import World, any_worker, from_first_worker
@@ -81,7 +82,7 @@ class TrainContext:
             is_best = self._beats(self._checkpoint_epochs)
             self._checkpoint_epochs.append(progress.epoch)
             if is_best:
-                self._best_state = cpu_copy(state)
+                self._best_state = copy_on_cpu(state)
         elif not self._checkpoint_epochs:
             is_best = self._beats(range(1, progress.epoch))
         if is_best:

@@ -45,6 +45,13 @@ def from_first_worker(value: Any, *, world: World) -> Any:
     return box[0]
 
 
+def from_worker(rank: int, value: Any, *, world: World) -> Any:
+    """The value of the worker with that rank, on every worker of this world."""
+    box = [value]
+    dist.broadcast_object_list(box, group=world.group, group_src=rank, device=torch.device("cpu"))
+    return box[0].to(world.device) if isinstance(box[0], Tensor) else box[0]
+
+
 def gather_rows(rows: Tensor, counts: Sequence[int], *, world: World) -> Tensor:
     """Every worker's rows, in order of rank, on every worker; worker r has `counts[r]` of them."""
     if world.size == 1:

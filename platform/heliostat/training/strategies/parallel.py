@@ -4,19 +4,37 @@ After `backward` and `end_backward` the gradients of `module` are those of the m
 state has the names of the user's model, so that what is saved does not tell how it was trained.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from heliostat.training.batches import Batch, Share
 from heliostat.training.losses import LossRule
+from heliostat.training.strategies.gradients import whole
 from heliostat.training.world import World
+
+Weights = dict[str, Tensor]
 
 
 def _nothing() -> None: ...
+
+
+def copy_on_cpu(weights: Mapping[str, Tensor]) -> Weights:
+    """A state's own copy on CPU, in plain layout, which further training does not change."""
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
+
+
+def copy_of_part(weights: Mapping[str, Tensor]) -> Weights:
+    """A copy of this worker's part of a state, where that is."""
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def whole_on_cpu(weights: Mapping[str, Tensor]) -> Weights:
+    """The whole of a state that is spread over workers, on every worker, which must all call it."""
+    return {name: whole(tensor).to("cpu") for name, tensor in weights.items()}
 
 
 @dataclass(frozen=True)
@@ -36,6 +54,14 @@ class Parallel:
     """Called when the global batch is complete, before the gradients are looked at."""
     after_first_step: Callable[[], None] = _nothing
     """Called with the first gradients of an epoch; raises StageError for a model that the strategy cannot train."""
+    stages: World = field(default_factory=World)
+    """The workers that have further parts of the model, of which this one knows nothing."""
+    is_sharded: bool = False
+    """Whether a worker holds only a part of the state."""
+    keep: Callable[[Mapping[str, Tensor]], Weights] = copy_on_cpu
+    """A copy of the module's state."""
+    gather: Callable[[Weights], Weights] = dict
+    """From such a copy to the state of the user's whole model, on CPU."""
 
 
 def whole_model(

@@ -1,0 +1,119 @@
+"""Checkpoints of a model that is spread over workers (torch Distributed Checkpoint): one folder an epoch.
+
+Each worker writes its own parts; what is read is what a worker needs of them, so any number of workers, in any mesh,
+takes up what others left. A folder gets its name, which has the digest of all its files, when it is complete. Beside
+the parts lies `plain.pt`: what is not a tensor, the same on all workers.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from heliostat.training.checkpoints import Checkpoints, State
+from heliostat.training.trainee import Trainee
+from heliostat.training.world import World, from_first_worker
+
+PLAIN = "plain.pt"
+
+
+def save_parts(
+    checkpoints: Checkpoints, trainee: Trainee, progress: Mapping[str, Any], *, epoch: int, is_best: bool, world: World
+) -> None:
+    """Write the state after `epoch`. Every worker calls it; the folder is one that all of them see."""
+    aside = checkpoints.folder / f"epoch-{epoch:05d}.tmp"
+    if world.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        torch.save({**_plain(trainee), "progress": dict(progress)}, aside / PLAIN)
+    dist.barrier()
+    save(_tensors(trainee), checkpoint_id=aside)
+    if world.rank == 0:
+        checkpoints.keep_folder(aside, epoch=epoch, is_best=is_best)
+
+
+def restore_parts(
+    checkpoints: Checkpoints, trainee: Trainee, *, world: World
+) -> tuple[State, dict[str, Tensor]] | None:
+    """Take up the newest intact state; its progress, and this worker's part of its best epoch's weights."""
+    found = from_first_worker(checkpoints.newest_folders() if world.rank == 0 else None, world=world)
+    if found is None:
+        return None
+    newest, best = found
+    plain, plain_of_best = _read_plain(newest), _read_plain(best)
+    if plain["progress"]["best_epoch"] != plain_of_best["progress"]["epoch"]:
+        newest, plain = best, plain_of_best
+    weights = _read_best(best, trainee)
+    metadata = FileSystemReader(newest).read_metadata().state_dict_metadata
+    tensors = _tensors(trainee) | _missing_optimizer_state(trainee, metadata)
+    load(tensors, checkpoint_id=newest)
+    trainee.parallel.module.load_state_dict(_below("model.", tensors))
+    for name, value in _below("optimizer.", tensors).items():
+        parameter, _, field = name.rpartition(".")
+        trainee.optimizer.state[_parameters(trainee)[parameter]][field] = value
+    for group in trainee.optimizer.param_groups:
+        group.update(plain["optimizer"])
+    trainee.schedule.load_state_dict(plain["scheduler"])
+    if trainee.ema is not None:
+        trainee.ema.load_state_dict({"average": _below("ema.", tensors), "updates": plain["ema_updates"]})
+    return plain["progress"], weights
+
+
+def _parameters(trainee: Trainee) -> dict[str, Tensor]:
+    return dict(trainee.parallel.module.named_parameters())
+
+
+def _tensors(trainee: Trainee) -> dict[str, Tensor]:
+    """All tensors of the state by name, as they are spread: `model.0.weight`, `optimizer.0.weight.exp_avg`."""
+    tensors = {f"model.{name}": tensor for name, tensor in trainee.parallel.module.state_dict().items()}
+    for name, parameter in _parameters(trainee).items():
+        for field, value in trainee.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{name}.{field}"] = value
+    average = trainee.ema.average if trainee.ema is not None else {}
+    return tensors | {f"ema.{name}": tensor for name, tensor in average.items()}
+
+
+def _plain(trainee: Trainee) -> dict[str, Any]:
+    group = trainee.optimizer.param_groups[0]
+    return {
+        "optimizer": {name: value for name, value in group.items() if name != "params"},
+        "scheduler": trainee.schedule.state_dict(),
+        "ema_updates": trainee.ema.updates if trainee.ema is not None else 0,
+    }
+
+
+def _read_plain(folder: Path) -> State:
+    state: State = torch.load(folder / PLAIN, weights_only=True)
+    return state
+
+
+def _missing_optimizer_state(trainee: Trainee, metadata: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Empty tensors for what an optimizer that has made no step yet is to be given, spread as its parameters are."""
+    parameters, empty = _parameters(trainee), {}
+    for key, saved in metadata.items():
+        name, _, _field = key.removeprefix("optimizer.").rpartition(".")
+        if key.startswith("optimizer.") and name in parameters:
+            like = parameters[name].detach()
+            whole = saved.size == like.shape and like.dim() > 0
+            empty[key] = torch.zeros_like(like) if whole else torch.zeros(saved.size, dtype=saved.properties.dtype)
+    return empty
+
+
+def _read_best(folder: Path, trainee: Trainee) -> dict[str, Tensor]:
+    """The weights that count of a checkpoint, as this worker has them."""
+    tensors = {key: t for key, t in _tensors(trainee).items() if not key.startswith("optimizer.")}
+    copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+    load(copies, checkpoint_id=folder)
+    return {**_below("model.", copies), **_below("ema.", copies)}
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}

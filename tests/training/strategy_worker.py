@@ -1,0 +1,177 @@
+"""One worker that trains small models under one strategy: `python strategy_worker.py STRATEGY RANK SIZE FOLDER [END]`.
+
+With `begun` as the end the run is interrupted; with a number it goes on where so many workers were interrupted.
+
+What test_strategies.py compares is left in `FOLDER/{strategy}-{size}.pt`, as rank 0 saw it.
+"""
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from heliostat.training.checkpoints import Checkpoints
+from heliostat.training.config import TrainConfig
+from heliostat.training.loop import Fit, fit
+from heliostat.training.task import Metric, Objective
+from heliostat.training.world import World
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    return (outputs.argmax(dim=1) == targets).double().mean().item()
+
+
+def total(outputs: Tensor, targets: Tensor) -> float:
+    return (outputs[:, 0] * torch.arange(len(outputs))).sum().item()
+
+
+OBJECTIVE = Objective(nn.functional.cross_entropy, (Metric("accuracy", accuracy, "max"), Metric("total", total, "max")))
+
+
+class Positions(nn.Module):
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(length, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.weight
+
+
+class First(nn.Module):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
+
+
+class Block(nn.Module):
+    """A transformer block as people write it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        normed = self.norm1(tokens)
+        tokens = tokens + self.attention(normed, normed, normed, need_weights=False)[0]
+        return tokens + self.fc2(nn.functional.gelu(self.fc1(self.norm2(tokens))))
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def cnn() -> nn.Module:
+    layers = (nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def transformer() -> nn.Module:
+    layers = (nn.Embedding(11, 8), Positions(6, 8), nn.Sequential(Block(8), Block(8)), nn.LayerNorm(8), First())
+    return nn.Sequential(*layers, nn.Linear(8, 3))
+
+
+def data_for(name: str, num_samples: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(num_samples)
+    targets = torch.arange(num_samples) % 3
+    if name == "transformer":
+        return TensorDataset(torch.randint(0, 11, (num_samples, 6), generator=generator), targets)
+    shape = (8,) if name == "mlp" else (1, 6, 6)
+    inputs = torch.randn(num_samples, *shape, generator=generator) + targets.view(-1, *[1] * len(shape))
+    return TensorDataset(inputs, targets)
+
+
+MODELS = {"mlp": mlp, "cnn": cnn, "transformer": transformer}
+STRATEGIES: dict[str, Any] = {
+    "single": "single",
+    "ddp": "ddp",
+    "fsdp": {"fsdp": {"wrap": 100}},
+    "fsdp-by-class": {"fsdp": {"wrap": "Linear"}},
+    "tp": "tp",
+    "tp-by-plan": {
+        "tp": {"plan": {"2.*.fc1": "colwise", "2.*.fc2": "rowwise", "2.*.norm2": "sequence", "3": "sequence"}}
+    },
+    "pp": {"pp": {"microbatches": 3}},
+    "gpipe": {"pp": {"schedule": "gpipe", "microbatches": 2, "split": ["4"]}},
+    "interleaved": {"pp": {"schedule": "interleaved", "microbatches": 4}},
+    "dp-tp": {"mesh": {"dp": 2, "tp": 2}},
+    "dp-pp": {"mesh": {"dp": 2, "pp": 2}, "pp": {"microbatches": 2}},
+}
+
+
+def train(
+    name: str, strategy: Any, world: World, kept: Checkpoints | None = None, interrupt: int = 0, **options: Any
+) -> Fit:
+    """21 samples in batches of 8: the last of each epoch has five. 21 steps, of which each is validated after."""
+
+    def on_epoch(epoch: int, row: Any) -> None:
+        if epoch == interrupt:
+            raise KeyboardInterrupt
+
+    torch.manual_seed(0)
+    config = TrainConfig(
+        **{
+            "epochs": 7,
+            "batch_size": 8,
+            "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
+            "strategy": strategy,
+            "clip_grad_norm": 0.5,
+            "ema_decay": 0.6,
+            "scheduler": {"name": "cosine", "warmup_epochs": 1},
+            "validate_every_steps": 1,
+            "monitor": "val_loss",
+            **options,
+        }
+    )
+    data = {"train": data_for(name, 21), "val": data_for(name, 13)}
+    model = MODELS[name]()
+    return fit(model, data, config, objective=OBJECTIVE, seed=3, world=world, checkpoints=kept, on_epoch=on_epoch)
+
+
+def result(found: Fit) -> dict[str, Any]:
+    return {"history": found.history, "validations": found.validations, "state": found.state, "epoch": found.epoch}
+
+
+def interrupted(strategy: Any, world: World, kept: Checkpoints) -> None:
+    """A run that ends in its fifth epoch, so that it goes on after the fourth."""
+    with suppress(KeyboardInterrupt):
+        train("transformer", strategy, world, kept, interrupt=5, deterministic=True)
+
+
+def main(name: str, rank: int, size: int, folder: Path, end: str = "") -> None:
+    torch.set_num_threads(1)
+    world, strategy = World(rank=rank, size=size), STRATEGIES[name]
+    if size > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder / f'meet-{name}-{size}'}", rank=rank, world_size=size
+        )
+    if end == "begun":
+        interrupted(strategy, world, Checkpoints(folder / f"begun-{name}-{size}"))
+        dist.destroy_process_group()
+        return
+    if end:
+        found = train("transformer", strategy, world, Checkpoints(folder / f"begun-{name}-{end}"), deterministic=True)
+        if rank == 0:
+            torch.save(result(found), folder / f"{name}-{end}-to-{size}.pt")
+        dist.destroy_process_group()
+        return
+    models = [model for model in MODELS if not (name in ("tp-by-plan", "gpipe") and model != "transformer")]
+    results: dict[str, Any] = {model: result(train(model, strategy, world)) for model in models}
+    if size > 1 and name in ("fsdp", "tp", "pp"):
+        kept = Checkpoints(folder / f"kept-{name}")
+        interrupted(strategy, world, kept)
+        results["resumed"] = result(train("transformer", strategy, world, kept, deterministic=True))
+        results["uninterrupted"] = result(train("transformer", strategy, world, deterministic=True))
+    if rank == 0:
+        torch.save(results, folder / f"{name}-{size}.pt")
+    if size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), *sys.argv[5:])

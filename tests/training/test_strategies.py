@@ -1,0 +1,162 @@
+"""Every strategy trains the same curve and the same model as one process, and takes up what others left."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from heliostat.errors import SpecError
+from heliostat.training.config import PpConfig
+from heliostat.training.strategies.fsdp import units
+from heliostat.training.strategies.pp import chain_of, cut_points
+from heliostat.training.strategies.tp import auto_plan, named_layers
+
+WORKER = Path(__file__).with_name("strategy_worker.py")
+PAIRS = ["fsdp", "tp", "pp", "gpipe", "interleaved", "tp-by-plan", "fsdp-by-class"]
+FOURS = ["fsdp", "dp-tp", "dp-pp", "pp"]
+
+
+def start(folder: Path, name: str, size: int, *end: str) -> None:
+    """Let so many workers train."""
+    workers = [
+        subprocess.Popen([sys.executable, str(WORKER), name, str(rank), str(size), str(folder), *end])
+        for rank in range(size)
+    ]
+    try:
+        assert [worker.wait(timeout=300) for worker in workers] == [0] * len(workers)
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("strategies")
+
+    def results(name: str, size: int) -> dict[str, Any]:
+        file = folder / f"{name}-{size}.pt"
+        if not file.exists():
+            start(folder, name, size)
+        found: dict[str, Any] = torch.load(file, weights_only=True)
+        return found
+
+    return results
+
+
+def assert_same_curve(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """20 steps and one: after each, the loss and the metrics over the whole validation split; and the saved model."""
+    assert len(one["validations"]) == len(other["validations"]) == 21
+    for row, expected in zip(one["validations"] + one["history"], other["validations"] + other["history"]):
+        for name in {"val_loss", "val_accuracy", "val_total", "train_loss"} & set(row):
+            assert row[name] == pytest.approx(expected[name], abs=1e-4), name
+    assert one["epoch"] == other["epoch"]
+    assert list(one["state"]) == list(other["state"])
+    for name, tensor in other["state"].items():
+        torch.testing.assert_close(one["state"][name], tensor, rtol=0, atol=1e-4)
+
+
+def assert_parity(trained: Callable[[str, int], dict[str, Any]], name: str, size: int) -> None:
+    several, single = trained(name, size), trained("single", 1)
+    for model in {"mlp", "cnn", "transformer"} & set(several):
+        assert_same_curve(several[model], single[model])
+
+
+@pytest.mark.parametrize("name", ["fsdp", "tp", "pp"])
+def test_a_strategy_trains_the_curve_and_the_model_of_one_process(trained: Any, name: str) -> None:
+    assert_parity(trained, name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", *PAIRS[3:]])
+def test_so_does_every_form_of_it(trained: Any, name: str) -> None:
+    assert_parity(trained, name, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOURS)
+def test_so_do_four_workers_and_two_dimensional_meshes(trained: Any, name: str) -> None:
+    assert_parity(trained, name, 4)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "tp", "pp"])
+def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(trained: Any, name: str) -> None:
+    results = trained(name, 2)
+    resumed, uninterrupted = results["resumed"], results["uninterrupted"]
+    assert resumed["validations"] == uninterrupted["validations"]
+    assert resumed["epoch"] == uninterrupted["epoch"]
+    assert all(torch.equal(resumed["state"][key], tensor) for key, tensor in uninterrupted["state"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
+@pytest.mark.parametrize("name", ["fsdp", "tp", "pp"])
+def test_what_some_workers_left_others_take_up_and_train_the_same_curve(
+    trained: Any, tmp_path: Path, name: str, before: int, after: int
+) -> None:
+    start(tmp_path, name, before, "begun")
+    start(tmp_path, name, after, str(before))
+    resumed = torch.load(tmp_path / f"{name}-{before}-to-{after}.pt", weights_only=True)
+    assert_same_curve(resumed, trained("single", 1)["transformer"])
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs + self.b(self.a(inputs))
+
+
+def test_a_model_that_is_no_chain_is_not_cut() -> None:
+    with pytest.raises(SpecError, match="pp cannot cut Residual: its modules, called one after another"):
+        chain_of(Residual(), torch.ones(1, 4))
+
+
+def test_a_chain_is_cut_where_the_parts_have_about_as_many_parameters() -> None:
+    sizes = [(4, 40), (40, 4), (4, 4), (4, 4), (4, 40)]
+    chain = [(str(number), nn.Linear(*size)) for number, size in enumerate(sizes)]
+    assert cut_points(chain, PpConfig(), num_stages=2) == [(0, 2), (2, 5)]
+    assert cut_points(chain, PpConfig(split=("1", "4")), num_stages=3) == [(0, 1), (1, 4), (4, 5)]
+    with pytest.raises(SpecError, match=r"strategy\.pp\.split: 2 stages, but the workers need 4"):
+        cut_points(chain, PpConfig(split=("3",)), num_stages=4)
+
+
+def test_batch_norm_is_not_trained_in_microbatches() -> None:
+    with pytest.raises(SpecError, match="statistics of microbatches"):
+        chain_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), torch.ones(1, 2))
+
+
+def test_auto_finds_the_blocks_of_torchs_transformer_and_of_an_mlp() -> None:
+    model = nn.Sequential(
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
+        nn.Linear(8, 6),
+        nn.ReLU(),
+        nn.Linear(6, 3),
+    )
+    assert auto_plan(model, 2) == {
+        **{f"0.layers.{n}.linear{k}": style for n in (0, 1) for k, style in ((1, "colwise"), (2, "rowwise"))},
+        "1": "colwise",
+        "3": "rowwise",
+    }
+    with pytest.raises(SpecError, match="found no two linear layers that 7 workers can split"):
+        auto_plan(model, 7)
+
+
+def test_a_pattern_that_matches_nothing_names_the_nearest_module() -> None:
+    with pytest.raises(SpecError, match="no module 'fc11'; did you mean 'fc1'"):
+        named_layers(nn.ModuleDict({"fc1": nn.Linear(1, 1), "other": nn.Linear(1, 1)}), {"fc11": "colwise"})
+
+
+def test_units_are_the_smallest_modules_of_a_size_or_those_of_a_class() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 2)), nn.ModuleList([nn.Linear(10, 10)]))
+    assert list(units(model, 110)) == [model[0][0], model[1][0]]
+    assert list(units(model, 130)) == [model[0]]
+    assert len(list(units(model, "Linear"))) == 3
+    with pytest.raises(SpecError, match="no 'Linea'; did you mean 'Linear'"):
+        list(units(model, "Linea"))
