@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 MARKS = {"ran": ("✓", "green"), "reused": ("=", "cyan"), "failed": ("✗", "red"), "skipped": ("-", "yellow")}
 SHOWN = ("val_accuracy", "test_accuracy", "val_loss", "size_mb", "latency_ms")
-MADE = "made; its speed is measured when the machine is free"
 LINE_EVERY_S = 10.0
 """In a log, how often a node that is under way says how far it is."""
 
@@ -56,7 +55,7 @@ class PlainView:
             self._say(f"{node.name}: {describe_progress(fields)}")
 
     def made(self, node: "Node", metrics: Mapping[str, float]) -> None:
-        self._say(f"{node.name}: {', '.join([*_figures(metrics), MADE])}")
+        self._say(f"{node.name}: made, to be measured for speed: {', '.join(_figures(metrics))}")
 
     def ended(self, outcome: "NodeOutcome") -> None:
         self._say(f"{outcome.name}: {describe_outcome(outcome)}")
@@ -98,7 +97,7 @@ class LiveView:
             self._fields[node.name] = {**self._fields.get(node.name, {}), **fields}
 
     def made(self, node: "Node", metrics: Mapping[str, float]) -> None:
-        self.progress(node, {**metrics, "doing": MADE})
+        self.progress(node, {**metrics, "doing": "made, to be measured for speed"})
 
     def ended(self, outcome: "NodeOutcome") -> None:
         with self._lock:

@@ -3,7 +3,7 @@
 The job belongs to the cluster, not to the terminal: closing or interrupting the client only ends the following. What
 a job writes into its own folder is lost with it, so a pipeline that names no lasting storage gets
 `~/heliostat/<pipeline>` on the head node; submitting the same file again resumes there. On several nodes the storage
-must be a folder that all of them see, or a URL.
+must be a folder that all of them see.
 """
 
 import asyncio
