@@ -1,6 +1,6 @@
 import torch
 
-from heliostat.compression.bootstrap import confidence_interval
+from heliostat.compression.bootstrap import confidence_interval, told_apart
 
 
 def accuracy(outputs, targets):
@@ -24,3 +24,11 @@ def test_the_same_model_has_the_same_interval_and_draws_that_give_no_number_do_n
         return float("nan") if targets[0] == 0 else 1.0
 
     assert confidence_interval(sometimes, outputs, targets) == (1.0, 1.0)
+
+
+def test_of_two_intervals_apart_the_metrics_direction_says_which_is_better():
+    high = {"val_x": 0.9, "val_x_low": 0.8, "val_x_high": 1.0}
+    low = {"val_x": 0.5, "val_x_low": 0.4, "val_x_high": 0.6}
+    assert told_apart(high, low, "val_x", mode="max") == told_apart(low, high, "val_x", mode="min") == "better"
+    assert told_apart(low, high, "val_x", mode="max") == told_apart(high, low, "val_x", mode="min") == "worse"
+    assert told_apart(high, {**low, "val_x_high": 0.8}, "val_x", mode="max") == "not told apart"

@@ -54,6 +54,18 @@ def test_the_table_says_of_everyone_why(bench, model):
     assert "dominated by small" in rows["train"]["why"]
 
 
+def test_models_whose_intervals_overlap_are_not_called_different(bench, model):
+    base = model("train", val_accuracy_low=0.93, val_accuracy_high=0.97)
+    near = model("near", val_accuracy=0.92, val_accuracy_low=0.90, val_accuracy_high=0.94)
+    far = model("far", val_accuracy=0.80, val_accuracy_low=0.76, val_accuracy_high=0.84)
+    best = bench.run("select", baseline=base, candidates=[near, far])
+    assert [row["quality"] for row in best.record.details["table"]] == [
+        {"val_accuracy": "not told apart"},
+        {"val_accuracy": "not told apart"},
+        {"val_accuracy": "worse"},
+    ]
+
+
 def test_test_figures_choose_nothing(bench, model):
     base = model("train")
     lucky = model("lucky", test_accuracy=1.0, latency_ms=1.9)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -80,14 +80,23 @@ def select(context: StageContext, config: SelectConfig) -> StageResult:
         details={
             "chosen": choice.chosen,
             "baseline": baseline.node,
-            "table": _table(baseline, [everyone[name] for name in verdicts], verdicts),
+            "table": _table(baseline, [everyone[name] for name in verdicts], verdicts, modes=context.task.metric_modes),
         },
     )
 
 
-def _table(baseline: Artifact, artifacts: Sequence[Artifact], verdicts: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _table(
+    baseline: Artifact,
+    artifacts: Sequence[Artifact],
+    verdicts: Mapping[str, Any],
+    *,
+    modes: Mapping[str, Literal["max", "min"]],
+) -> list[dict[str, Any]]:
     """One row a model: its figures, how they compare with the baseline's, and why it was or was not chosen."""
+    from heliostat.compression.bootstrap import told_apart
+
     base = baseline.metrics
+    sampled = [metric for metric in modes if f"{metric}_low" in base]
     return [
         {
             "model": artifact.node,
@@ -96,6 +105,11 @@ def _table(baseline: Artifact, artifacts: Sequence[Artifact], verdicts: Mapping[
             "on_front": verdicts[artifact.node].on_front,
             "speed_up": round(base["latency_ms"] / artifact.metrics["latency_ms"], DIGITS),
             "size_ratio": round(artifact.metrics["size_mb"] / base["size_mb"], DIGITS),
+            "quality": {
+                metric: told_apart(artifact.metrics, base, metric, mode=modes[metric])
+                for metric in sampled
+                if f"{metric}_low" in artifact.metrics
+            },
             "metrics": dict(artifact.metrics),
         }
         for artifact in artifacts
