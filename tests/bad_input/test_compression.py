@@ -109,3 +109,19 @@ def test_an_exported_model_goes_into_nothing_that_trains(toy, refusal, uses, con
     ]
     text = str(refusal({"stages": [*toy.document["stages"], *more]}))
     assert "stages[7] (more).inputs.model: what 'export' makes cannot be trained further" in text
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        ("onnx", "config.features: what 'export' makes has no layers to match; name the stage before it"),
+        (["train", "prune"], "config.features: layers are matched with those of one teacher, not of 3"),
+    ],
+    ids=["exported", "several"],
+)
+def test_layers_are_matched_with_those_of_one_torch_model(toy, refusal, teacher, expected):
+    more = [
+        {"name": "onnx", "uses": "export", "inputs": {"model": "train"}},
+        {"name": "more", "uses": "distill", "inputs": {"teacher": teacher}, "config": {"features": {"1": "1"}}},
+    ]
+    assert f"stages[7] (more).{expected}" in str(refusal({"stages": [*toy.document["stages"], *more]}))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from heliostat.core.imports import resolve, why_not_callable
 from heliostat.core.spec import Reference
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
-from heliostat.stages.checks import check_arguments, check_loop, check_monitor
+from heliostat.stages.checks import UNTRAINABLE, check_arguments, check_loop, check_monitor
 from heliostat.stages.finetuning import SoftTargets, taught_by
 from heliostat.training.config import TrainConfig
 
@@ -33,8 +33,12 @@ def _check(config: DistillConfig, view: ConfigView) -> Iterator[str]:
             yield f"config.model_args: {config.model!r} {problem}"
     yield from check_monitor(config, view, place="config")
     yield from check_loop(config, view, place="config", workers=1)
-    if config.features and len(view.inputs["teacher"]) > 1:
-        yield f"config.features: layers are matched with those of one teacher, not of {len(view.inputs['teacher'])}"
+    if config.features:
+        teachers = [kind.name for kind, _ in view.inputs["teacher"]]
+        if len(teachers) > 1:
+            yield f"config.features: layers are matched with those of one teacher, not of {len(teachers)}"
+        elif teachers[0] in UNTRAINABLE:
+            yield f"config.features: what {teachers[0]!r} makes has no layers to match; name the stage before it"
 
 
 @stage(
