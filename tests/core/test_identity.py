@@ -123,6 +123,15 @@ def test_so_is_what_the_module_imports_even_inside_a_function(toy):
     assert changed(before, fingerprints(load_pipeline(toy.file))) == EVERYTHING
 
 
+def test_so_is_that_of_an_optimizer_by_import_path(toy):
+    (toy.folder / "mine.py").write_text("from torch.optim import SGD\n\n\nclass Mine(SGD): ...\n")
+    setting = "stages.train.config.optimizer={name: 'mine:Mine', lr: 0.1}"
+    before = fingerprints(load_pipeline(toy.file, settings=[setting]))
+    (toy.folder / "mine.py").write_text("from torch.optim import Adam\n\n\nclass Mine(Adam): ...\n")
+    after = fingerprints(load_pipeline(toy.file, settings=[setting]))
+    assert changed(before, after) == EVERYTHING - {"search"}
+
+
 def test_but_not_a_module_that_nothing_imports(toy):
     before = fingerprints(load_pipeline(toy.file))
     (toy.folder / "notebook.py").write_text("print('hello')\n")

@@ -211,7 +211,9 @@ def test_a_compiled_model_learns_the_same(train: Callable[..., Any]) -> None:
 
 def test_rows_of_ray_data_are_tuples_in_the_order_of_the_columns() -> None:
     class Rows:
-        """What a Ray Data dataset offers of what is used of it."""
+        """What is used of a Ray Data dataset."""
+
+        context = SimpleNamespace(execution_options=SimpleNamespace())
 
         def iter_rows(self) -> Iterator[dict[str, Any]]:
             return iter([{"x": torch.ones(2), "y": 1}, {"x": torch.zeros(2), "y": 0}])

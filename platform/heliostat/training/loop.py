@@ -3,8 +3,8 @@
 An epoch: train on every global batch, evaluate `val`, decide whether this is the best epoch, report a row, write a
 checkpoint. All randomness of an epoch comes from (seed, epoch, rank), and a checkpoint holds everything else, so an
 interrupted fit goes on as if it had never stopped: bit for bit on CPU. A crash between the report and the checkpoint
-reports that epoch again, with the same figures. Every worker calls the same functions with the same arguments; only
-rank 0 reads and writes checkpoints.
+reports that epoch again, with the same figures. Every worker calls the same functions with the same arguments;
+rank 0 reads and writes checkpoints, or each its own part of them where the model is spread over workers.
 """
 
 import time

@@ -106,9 +106,10 @@ def _readable(dataset: Any, split: str, reference: str) -> Dataset[Any]:
 
 
 class _Rows(IterableDataset[tuple[Any, ...]]):
-    """The rows of a Ray Data dataset as tuples, in the order of its columns."""
+    """The rows of a Ray Data dataset, in their order, as tuples in the order of its columns."""
 
     def __init__(self, rows: Any) -> None:
+        rows.context.execution_options.preserve_order = True
         self._rows = rows
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
