@@ -16,6 +16,12 @@ PLACE = "stages[1] (train).config."
         ({"tp": {"plan": {"*": "columnwise"}}}, 2, "'columnwise' is not one of colwise, rowwise, sequence"),
         ({"tp": {"plans": "auto"}}, 2, "strategy.tp.plans: unknown field; did you mean 'plan'?"),
         ({"pp": {"schedule": "1b1f"}}, 2, "'1b1f' is not one of gpipe, 1f1b, interleaved"),
+        ({"pp": {"microbatches": 3}}, 4, "strategy.pp.microbatches: 3 do not keep 4 workers busy"),
+        (
+            {"pp": {"schedule": "interleaved", "microbatches": 3}},
+            2,
+            "strategy.pp.microbatches: 3 do not keep 2 workers",
+        ),
         ({"pp": {"microbatches": 100}}, 2, "strategy.pp.microbatches: more than the 64 samples of a batch"),
     ],
 )

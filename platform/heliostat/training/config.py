@@ -272,5 +272,8 @@ def why_not_trained(config: TrainConfig, *, workers: int, task: Task) -> Iterato
             yield "strategy: 'pp' runs the model in parts, which task.train_step cannot call; take 'fsdp' or 'tp'"
         if config.accumulate_steps > 1:
             yield "accumulate_steps: 'pp' computes a batch in microbatches already; set strategy.pp.microbatches"
-        if strategy.pp.microbatches * sizes["dp"] > config.batch_size:
+        microbatches, interleaved = strategy.pp.microbatches, strategy.pp.schedule == "interleaved"
+        if microbatches < sizes["pp"] or (interleaved and microbatches % sizes["pp"]):
+            yield f"strategy.pp.microbatches: {microbatches} do not keep {sizes['pp']} workers busy"
+        if microbatches * sizes["dp"] > config.batch_size:
             yield f"strategy.pp.microbatches: more than the {config.batch_size // sizes['dp']} samples of a batch"
