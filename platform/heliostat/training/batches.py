@@ -93,7 +93,7 @@ def load_batches(
     dataset: Dataset[Any], shares: Sequence[Share], *, device: torch.device
 ) -> Iterator[tuple[Share, Batch]]:
     """Each share with its batch on the device. Raises StageError when a sample is not a tuple."""
-    whole = _whole_tensors(dataset)
+    whole = whole_tensors(dataset)
     batches: Iterable[Batch]
     if whole is None:
         # A generator of its own: a DataLoader would draw from the global one, and shift the dropout masks after it.
@@ -172,14 +172,14 @@ def _as_tuple(batch: Any) -> Batch:
     return tuple(batch)
 
 
-def _whole_tensors(dataset: Dataset[Any]) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
+def whole_tensors(dataset: Dataset[Any]) -> tuple[tuple[Tensor, ...], Tensor | None] | None:
     """The tensors below a dataset and which of their rows it consists of (None is all), or None when there are none.
 
     Subclasses are left alone: they may compute their samples.
     """
     if type(dataset) is TensorDataset:
         return dataset.tensors, None
-    if type(dataset) is Subset and (inner := _whole_tensors(dataset.dataset)) is not None:
+    if type(dataset) is Subset and (inner := whole_tensors(dataset.dataset)) is not None:
         tensors, index_map = inner
         indices = torch.as_tensor(dataset.indices)
         return tensors, indices if index_map is None else index_map[indices]

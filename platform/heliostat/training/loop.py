@@ -8,7 +8,7 @@ rank 0 reads and writes checkpoints, or each its own part of them where the mode
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 from torch import nn
@@ -29,7 +29,10 @@ from heliostat.training.task import Data, Objective
 from heliostat.training.trainee import Trainee, start_training
 from heliostat.training.world import World, any_worker, copy_buffers_from_first
 
-__all__ = ["Fit", "OnEpoch", "evaluate", "fit"]
+__all__ = ["Epochs", "Fit", "OnEpoch", "evaluate", "fit", "train_epochs"]
+
+Epochs = Generator[tuple[int, dict[str, float]], bool | None, Fit]
+"""A training that stops after each epoch, gives its number and row, and is sent whether that was the last one."""
 
 
 def fit(
@@ -52,6 +55,40 @@ def fit(
     module after every optimizer step. With `checkpoints` the fit goes on from the newest one. Raises StageError when
     the loss stops being finite.
     """
+    epochs = train_epochs(
+        model,
+        data,
+        config,
+        objective=objective,
+        seed=seed,
+        world=world,
+        checkpoints=checkpoints,
+        batch_loss=batch_loss,
+        after_step=after_step,
+    )
+    verdict: bool | None = None
+    while True:
+        try:
+            epoch, row = epochs.send(verdict)
+        except StopIteration as ended:
+            fitted: Fit = ended.value
+            return fitted
+        verdict = on_epoch(epoch, row) if on_epoch is not None else None
+
+
+def train_epochs(
+    model: nn.Module,
+    data: Data,
+    config: TrainConfig,
+    *,
+    objective: Objective,
+    seed: int,
+    world: World | None = None,
+    checkpoints: Checkpoints | None = None,
+    batch_loss: BatchLoss | None = None,
+    after_step: Callable[[nn.Module], None] | None = None,
+) -> Epochs:
+    """What `fit` goes through, epoch by epoch. Several trainings may take turns: an epoch depends on its seed alone."""
     world = world or World()
     monitor, mode = objective.monitor(config)
     if config.strategy.is_replicated:
@@ -109,7 +146,7 @@ def fit(
         progress.history.append(row)
         if is_best:
             progress.best_epoch, best_state = epoch, parallel.keep(trainee.weights_that_count())
-        asked_to_stop = on_epoch is not None and on_epoch(epoch, row) is True
+        asked_to_stop = (yield epoch, row) is True
         is_stale = 0 < config.early_stop_epochs <= epoch - progress.best_epoch
         progress.stopped = any_worker(asked_to_stop or is_stale, world=world)
 

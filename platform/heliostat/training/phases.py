@@ -8,6 +8,9 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+TIMES = frozenset({"data_s", "train_s", "val_s", "checkpoint_s", "seconds"})
+"""The figures of an epoch's row that are times."""
+
 
 class Phases:
     """A stopwatch for each phase. On an accelerator a phase counts until its work is queued, not until it is done."""
