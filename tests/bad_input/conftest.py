@@ -19,6 +19,10 @@ def with_more(outputs, targets, *, weight):
     return 0
 
 
+def loop(context, config):
+    return None
+
+
 def reader(path):
     return {}
 

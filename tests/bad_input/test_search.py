@@ -97,6 +97,19 @@ SEARCH = "stages[0] (search).config.space"
             "stages[0] (search).config.trials: a grid runs each of its 2 points, not 4; leave it out",
         ),
         (
+            {"stages/search/config/folds": 1},
+            "stages[0] (search).config.folds: input should be greater than or equal to 2, not 1",
+        ),
+        (
+            {"stages/search/config/folds": 3, "stages/search/resources": {"workers_per_trial": 2}},
+            "stages[0] (search).config.folds: one worker trains the folds of a trial in turn; "
+            "set resources.workers_per_trial to 1",
+        ),
+        (
+            {"stages/search/config/folds": 3, "task/train_fn": "toy:loop"},
+            "stages[0] (search).config.folds: task.train_fn reads its data itself",
+        ),
+        (
             {"stages/search/config/algorithm": "bayes"},
             "'bayes' is not one of grid, random, bayesian, auto; did you mean 'bayesian'?",
         ),

@@ -18,7 +18,7 @@ TOY = """
     from torch import nn
     from torch.utils.data import TensorDataset
 
-    def build_model(width=4, fail=None, once=None, builds=None, sleep_s=0.0):
+    def build_model(width=4, fail=None, once=None, builds=None, sleep_s=0.0, same=False):
         if builds:
             with open(builds, "a") as file:
                 file.write("built\\n")
@@ -33,6 +33,8 @@ TOY = """
         if fail == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(sleep_s)
+        if same:
+            torch.manual_seed(0)
         return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
 
     def build_data():

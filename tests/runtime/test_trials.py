@@ -142,6 +142,30 @@ def test_asha_stops_trials_that_fall_behind(run, reporter):
     assert {reporter.ended[trial.id][0] for trial in stopped} == {"stopped"}
 
 
+def test_all_folds_of_a_trial_stop_together_at_a_rung_by_their_mean(run):
+    outcome = run(
+        algorithm="grid",
+        space={"optimizer.lr": {"grid": [0.05, 1e-9, 1e-9]}},
+        train=TrainConfig(epochs=4, batch_size=8),
+        scheduler=AshaSettings(1, 2),
+        resources=ONE_AT_A_TIME,
+        folds=4,
+    )
+    assert outcome.best.id == "0001"
+    assert [trial.status for trial in outcome.trials] == ["done", "stopped", "stopped"]
+    for trial in outcome.trials:
+        assert [epoch for epoch, _ in trial.history] == list(range(1, trial.epochs + 1))
+        assert all(row["val_loss_std"] > 0 for _, row in trial.history)
+
+
+def test_every_trial_is_compared_on_the_same_folds(run):
+    still = {"optimizer.lr": {"grid": [1e-12, 2e-12]}, "model_args.same": True}
+    outcome = run(algorithm="grid", space=still, folds=3, train=TrainConfig(epochs=1))
+    one, other = (trial.metrics for trial in outcome.trials)
+    for figure in ("val_loss", "val_loss_std"):  # the weights are the same, so only other folds would change them
+        assert one[figure] == pytest.approx(other[figure], rel=1e-4)
+
+
 def test_rows_arrive_while_a_long_trial_still_runs(run, reporter):
     slow = TrainConfig(epochs=400, batch_size=1)
     cancel = threading.Event()

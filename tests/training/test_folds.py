@@ -80,6 +80,11 @@ def test_times_add_up_over_folds() -> None:
     )
 
 
+def test_a_figure_that_is_not_a_number_in_one_fold_is_none_over_all() -> None:
+    row = row_over_folds([{"val_loss": 1.0}, {"val_loss": float("nan")}, {"val_loss": 2.0}])
+    assert all(value != value for value in row.values())
+
+
 def test_all_folds_end_together_when_told_to(task: Task) -> None:
     folds = cut_folds(build_data(task, {}), folds=3, seed=7)
     fits = cross_validate(
@@ -157,7 +162,8 @@ def test_whole_numbers_are_classes_and_nothing_else_is(dataset: Dataset[Any], ex
 
 def test_what_cannot_be_cut_is_refused() -> None:
     class Stream(IterableDataset[Any]):
-        pass
+        def __iter__(self) -> Any:
+            return iter([])
 
     with pytest.raises(StageError, match="this one is a stream"):
         cut_folds({"train": Stream()}, folds=2, seed=0)

@@ -38,6 +38,9 @@ class TrialWork:
 
     task: Task
     train: TrainConfig
+    folds: int | None
+    fold_seed: int
+    """Cuts the same folds for every trial, so that they can be compared."""
     metric: str
     rungs: tuple[int, ...]
     root: Path
@@ -143,15 +146,21 @@ def train_trial(work: TrialWork, trial: str, params: Mapping[str, Any], seed: in
 def _train_here(work: TrialWork, config: TrainConfig, seed: int, on_epoch: OnEpoch) -> None:
     import torch
 
+    from heliostat.training.folds import cross_validate, cut_folds
     from heliostat.training.run import run_training
     from heliostat.training.seeding import fresh_process_state, seed_everything
+    from heliostat.training.task import build_data
     from heliostat.training.world import World
 
     fresh_process_state(num_threads=max(1, int(work.resources.cpus_per_worker)))
     seed_everything(seed)
     device = torch.device("cuda" if work.resources.gpus_per_worker else "cpu")
     world = World(0, 1, device)
-    run_training(work.task, config, world=world, seed=seed, on_epoch=on_epoch, require_checkpoint=False)
+    if work.folds is not None:
+        folds = cut_folds(build_data(work.task, config.data_args), folds=work.folds, seed=work.fold_seed)
+        cross_validate(work.task, config, folds, world=world, seed=seed, on_epoch=on_epoch)
+    else:
+        run_training(work.task, config, world=world, seed=seed, on_epoch=on_epoch, require_checkpoint=False)
 
 
 def _train_together(work: TrialWork, trial: str, config: TrainConfig, seed: int, on_epoch: OnEpoch) -> None:

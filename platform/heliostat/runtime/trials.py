@@ -62,12 +62,14 @@ def search(
     reporter: Reporter,
     cancel: threading.Event,
     retries: int = 0,
+    folds: int | None = None,
 ) -> SearchOutcome:
     """The best of at most `trials` trainings, each of `train` with parameters from `space` laid over it.
 
     `folder` holds `journal.jsonl`; a search that was cut off goes on from there. With one trial at a time and a seed it
     then makes the suggestions that it would have made uninterrupted. `retries` is how often a trial begins anew after
-    its process died; what the user's code raises is that trial's end. Raises StageError when no trial succeeds,
+    its process died; what the user's code raises is that trial's end. With `folds` a trial is cross-validated on parts
+    of `train`, and its figures are means. Raises StageError when no trial succeeds,
     ResourceError when none can ever fit, and KeyboardInterrupt when `cancel` is set; the journal is intact then.
     """
     metric, mode = objective
@@ -78,7 +80,7 @@ def search(
     try:
         ledger = Ledger(engine, journal, reporter, trials=trials, seed=seed, metric=metric, mode=mode)
         if not ledger.complete:
-            work = TrialWork(task, train, metric, compared_at, root, folder, resources, retries)
+            work = TrialWork(task, train, folds, seed, metric, compared_at, root, folder, resources, retries)
             asha = None
             if scheduler:
                 asha = Asha(scheduler, epochs=train.epochs, mode=mode)

@@ -57,6 +57,8 @@ class TuneConfig(Spec):
     space: dict[str, Any]
     objective: ObjectiveConfig | None = None
     scheduler: Annotated[SchedulerConfig | None, BeforeValidator(_to_scheduler)] = None
+    folds: Annotated[Integer, Field(ge=2)] | None = None
+    """Cross-validate: `train` is cut into so many parts, each held out by one of as many trainings of a trial."""
     train: TrainConfig = TrainConfig()
 
     @property
@@ -99,6 +101,7 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
         yield from wrong or check_arguments(config.train, view, place="config.train", more=space.paths())
     workers = view.resources.workers_per_trial
     yield from check_loop(config.train, view, place="config.train", workers=workers)
+    yield from _check_folds(config, view)
     if config.algorithm == "grid":
         try:
             space.grid()
@@ -108,6 +111,15 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
             yield f"config.trials: a grid runs each of its {space.size()} points, not {config.trials}; leave it out"
     if config.objective is not None:
         yield from check_metric(config.objective.metric, view, place="config.objective.metric")
+
+
+def _check_folds(config: TuneConfig, view: ConfigView) -> Iterator[str]:
+    if config.folds is None:
+        return
+    if view.task.train_fn is not None:
+        yield "config.folds: task.train_fn reads its data itself, so nobody can hold a part of it out; leave it out"
+    if view.resources.workers_per_trial > 1:
+        yield "config.folds: one worker trains the folds of a trial in turn; set resources.workers_per_trial to 1"
 
 
 def _probes(space: Space, rng: random.Random) -> Iterator[Mapping[str, Any]]:
@@ -137,7 +149,7 @@ def _needs(resources: Resources) -> tuple[float, float]:
 
 def _workload(config: TuneConfig) -> dict[str, int]:
     _, trials, _ = config.method
-    return {"trials": trials, "epochs": trials * config.train.epochs}
+    return {"trials": trials, "epochs": trials * config.train.epochs * (config.folds or 1)}
 
 
 @stage("tune", output="params", place="driver", needs=_needs, workload=_workload, check=_check)
@@ -165,6 +177,7 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
         reporter=context.reporter,
         cancel=context.cancel,
         retries=context.retries,
+        folds=config.folds,
     )
     states = [trial.status for trial in outcome.trials]
     write_json(

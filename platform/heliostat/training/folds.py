@@ -7,9 +7,10 @@ deviation, as `val_accuracy_std`); times add up.
 """
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset
@@ -94,9 +95,8 @@ def classes_of(dataset: Dataset[Any]) -> Tensor:
     found = whole_tensors(dataset)
     if found is None:
         targets = [torch.as_tensor(dataset[index][1]) for index in range(len(dataset))]  # type: ignore[arg-type]
-        column = (
-            torch.stack(targets) if len({target.shape for target in targets}) == 1 else torch.zeros(len(targets), 1)
-        )
+        are_alike = len({target.shape for target in targets}) == 1
+        column = torch.stack(targets) if are_alike else torch.zeros(len(targets), 1)
     else:
         tensors, index_map = found
         column = tensors[1] if index_map is None else tensors[1][index_map]
@@ -108,7 +108,8 @@ def row_over_folds(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """One epoch's rows of all folds as one."""
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     means = {name: sum(values) if name in TIMES else fmean(values) for name, values in columns.items()}
-    spreads = {f"{name}_std": stdev(v) for name, v in columns.items() if name.startswith("val_") and name not in TIMES}
+    figures = [name for name in columns if name.startswith("val_") and name not in TIMES]
+    spreads = {f"{name}_std": float(np.std(columns[name], ddof=1)) for name in figures}
     return means | spreads
 
 
