@@ -10,7 +10,7 @@ from heliostat.runner import plan
     ("strategy", "expected"),
     [
         ("tp", "tp: 0 colwise, 2 rowwise"),
-        ("pp", "pp: from 0 144 parameters, from 1 323 parameters"),
+        ("pp", "pp: from 0 144 parameters, from 2 323 parameters"),
         ({"fsdp": {"wrap": "Linear"}}, "fsdp: 3 units and the rest, over 2 workers"),
     ],
     ids=["tp", "pp", "fsdp"],

@@ -162,15 +162,17 @@ def links(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def cut_points(chain: Chain, config: PpConfig, *, num_stages: int) -> list[tuple[int, int]]:
     """Where each stage starts and stops in the chain: as the config says, or with about as many parameters each."""
     names = [name for name, _ in chain]
-    if len(chain) < num_stages:
-        raise SpecError(f"strategy: {len(chain)} modules cannot be cut into {num_stages} stages")
+    heads = [number for number, (_, module) in enumerate(chain) if any(True for _ in module.parameters())]
+    if len(heads) < num_stages:
+        raise SpecError(f"strategy: {len(heads)} modules with parameters cannot be cut into {num_stages} stages")
     if config.split == "auto":
         ends = list(accumulate(sum(p.numel() for p in module.parameters()) for _, module in chain))
-        starts = [0]
+        starts, position = [0], 0
         for number in range(1, num_stages):
             goal = ends[-1] * number / num_stages
-            room = range(starts[-1] + 1, len(chain) - (num_stages - number) + 1)
-            starts.append(min(room, key=lambda start: abs(ends[start - 1] - goal)))
+            room = range(position + 1, len(heads) - (num_stages - number) + 1)
+            position = min(room, key=lambda place: abs(ends[heads[place] - 1] - goal))
+            starts.append(heads[position])
     else:
         for name in config.split:
             if name not in names[1:]:
@@ -178,7 +180,11 @@ def cut_points(chain: Chain, config: PpConfig, *, num_stages: int) -> list[tuple
         starts = [0, *sorted(names.index(name) for name in config.split)]
         if len(starts) != num_stages:
             raise SpecError(f"strategy.pp.split: {len(starts)} stages, but the workers need {num_stages}")
-    return list(zip(starts, [*starts[1:], len(chain)]))
+    cuts = list(zip(starts, [*starts[1:], len(chain)]))
+    for start, stop in cuts:
+        if not any(start <= head < stop for head in heads):
+            raise SpecError(f"strategy.pp.split: the stage that begins with {names[start]!r} has no parameters")
+    return cuts
 
 
 def _require_own_weights(chain: Chain, cuts: list[tuple[int, int]]) -> None:
