@@ -24,6 +24,7 @@ LEVELS = [
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 ONLY_HOME = {"ray": "runtime", "mlflow": "tracking"}
 HEAVY = ("torch", "ray", "mlflow")
+ENGINES = ("hyperopt", "optuna")
 MAX_LINES = 400
 MODEL_SCRIPT = PACKAGE / "tracking" / "pyfunc_model.py"
 """Stored with a model in MLflow and run there: the only file below that uses the public names from outside."""
@@ -74,10 +75,17 @@ def test_heavy_libraries_stay_in_their_home(module: Path) -> None:
 
 @pytest.mark.parametrize(
     "names",
-    ["heliostat", "heliostat.stages", "heliostat.core.plan", "heliostat.training.config", "heliostat.runner"],
+    [
+        "heliostat",
+        "heliostat.stages",
+        "heliostat.core.plan",
+        "heliostat.training.config",
+        "heliostat.runner",
+        "heliostat.runtime.engines; heliostat.runtime.engines.engines()",
+    ],
 )
 def test_what_plan_needs_imports_nothing_heavy(names: str) -> None:
-    script = f"import sys, {names}; print(*({set(HEAVY)!r} & set(sys.modules)))"
+    script = f"import sys, {names}; print(*({set(HEAVY + ENGINES)!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 

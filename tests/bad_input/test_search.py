@@ -111,7 +111,7 @@ SEARCH = "stages[0] (search).config.space"
         ),
         (
             {"stages/search/config/algorithm": "bayes"},
-            "'bayes' is not one of grid, random, bayesian, auto; did you mean 'bayesian'?",
+            "stages[0] (search).config.algorithm: unknown algorithm 'bayes'; did you mean 'bayesian'?",
         ),
     ],
 )

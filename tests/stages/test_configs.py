@@ -6,7 +6,7 @@ import heliostat
 from heliostat import TuneConfig
 from heliostat.core.spec import Resources
 from heliostat.core.stage import find_kind
-from heliostat.stages.tune import SchedulerConfig
+from heliostat.stages.tune_config import SchedulerConfig
 
 CONTINUOUS = {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}}
 SMALL = {"batch_size": {"choice": [16, 32]}, "model_args.width": {"choice": [4, 8]}}

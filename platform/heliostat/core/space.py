@@ -15,7 +15,7 @@ out as flat mappings from path to value, exactly as written.
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,12 @@ class Uniform:
     low: float
     high: float
 
+    def sample(self, rng: random.Random) -> float:
+        return rng.uniform(self.low, self.high)
+
+    def within(self, value: float) -> float:
+        return min(max(float(value), self.low), self.high)
+
 
 @dataclass(frozen=True)
 class LogUniform:
@@ -37,6 +43,12 @@ class LogUniform:
     low: float
     high: float
 
+    def sample(self, rng: random.Random) -> float:
+        return math.exp(rng.uniform(math.log(self.low), math.log(self.high)))
+
+    def within(self, value: float) -> float:
+        return min(max(float(value), self.low), self.high)
+
 
 @dataclass(frozen=True)
 class RandInt:
@@ -44,6 +56,12 @@ class RandInt:
 
     low: int
     high: int
+
+    def sample(self, rng: random.Random) -> int:
+        return rng.randrange(self.low, self.high)
+
+    def within(self, value: float) -> int:
+        return int(value)
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,9 @@ class Choice:
 
     options: tuple[Option, ...]
 
+    def sample(self, rng: random.Random) -> int:
+        return rng.randrange(len(self.options))
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -67,13 +88,17 @@ class Grid:
 
     options: tuple[Option, ...]
 
+    def sample(self, rng: random.Random) -> int:
+        return rng.randrange(len(self.options))
+
 
 @dataclass(frozen=True)
 class Constant:
     value: Any
 
 
-Dimension = Uniform | LogUniform | RandInt | Choice | Grid | Constant
+Varied = Uniform | LogUniform | RandInt | Choice | Grid
+Dimension = Varied | Constant
 
 
 @dataclass(frozen=True)
@@ -99,20 +124,25 @@ class Space:
 
     def sample(self, rng: random.Random) -> dict[str, Any]:
         """One point, drawn at random."""
+        return self.point(lambda label, dimension: dimension.sample(rng))
+
+    def point(self, draw: Callable[[str, Varied], Any], prefix: str = "") -> dict[str, Any]:
+        """The point of which `draw(label, dimension)` says the numbers, and the index of the option for each choice.
+
+        It is asked for every dimension that varies and exists at this point, in order. A label is the dimension's path
+        after those of the options that opened it, such as `optimizer.name/1/optimizer.momentum`: no two are the same.
+        """
         point: dict[str, Any] = {}
         for path, dimension in self.dimensions.items():
+            label = f"{prefix}{path}"
             match dimension:
-                case Uniform(low, high):
-                    point[path] = rng.uniform(low, high)
-                case LogUniform(low, high):
-                    point[path] = min(max(math.exp(rng.uniform(math.log(low), math.log(high))), low), high)
-                case RandInt(low, high):
-                    point[path] = rng.randrange(low, high)
-                case Choice(options) | Grid(options):
-                    option = rng.choice(options)
-                    point |= {path: option.value, **option.space.sample(rng)}
                 case Constant(value):
                     point[path] = value
+                case Choice(options) | Grid(options):
+                    index = int(draw(label, dimension))
+                    point |= {path: options[index].value, **options[index].space.point(draw, f"{label}/{index}/")}
+                case _:
+                    point[path] = dimension.within(draw(label, dimension))
         return point
 
     def size(self) -> int | None:

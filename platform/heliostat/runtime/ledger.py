@@ -14,8 +14,8 @@ from typing import Any
 
 from heliostat.core.stage import Reporter
 from heliostat.errors import StageError
+from heliostat.runtime.engines import Engine, Mode
 from heliostat.runtime.journal import Ended, Event, Journal, Reported, Restarted, Row, Standing, Status, Suggested
-from heliostat.runtime.searchers import Engine, Mode
 
 
 class Ledger:

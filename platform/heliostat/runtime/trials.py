@@ -27,10 +27,10 @@ from heliostat.core.space import Space
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
 from heliostat.errors import ResourceError, StageError
+from heliostat.runtime.engines import Mode, engines
 from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Ledger
 from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
-from heliostat.runtime.searchers import Algorithm, Mode, make_engine
 from heliostat.runtime.trial_actor import TrialActor, TrialWork
 from heliostat.training.config import TrainConfig
 
@@ -50,7 +50,7 @@ def search(
     task: Task,
     *,
     space: Space,
-    algorithm: Algorithm,
+    algorithm: str,
     trials: int,
     train: TrainConfig,
     objective: tuple[str, Mode],
@@ -74,7 +74,7 @@ def search(
     """
     metric, mode = objective
     concurrent = concurrent_trials(resources)
-    engine = make_engine(algorithm, space=space, mode=mode, seed=seed, trials=trials)
+    engine = engines()[algorithm].make(space, mode=mode, seed=seed, trials=trials)
     compared_at = tuple(rungs(scheduler, epochs=train.epochs)) if scheduler else ()
     journal = Journal(folder / "journal.jsonl")
     try:

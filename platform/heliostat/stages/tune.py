@@ -2,88 +2,19 @@
 
 import random
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator, Field
+from typing import Any, Literal
 
 from heliostat.core.artifact import write_json
-from heliostat.core.model import Count, Integer, Spec
 from heliostat.core.paths import overlay, why_not_a_path
 from heliostat.core.space import Choice, Constant, Dimension, Grid, LogUniform, RandInt, Space, Uniform
 from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.errors import SpecError
 from heliostat.stages.checks import check_arguments, check_loop, check_metric, check_searched
+from heliostat.stages.tune_config import TuneConfig
 from heliostat.training.config import TrainConfig
 
-Algorithm = Literal["grid", "random", "bayesian"]
-SMALL_SPACE = 64
-"""`auto` tries every point of a discrete space up to this size, if the trials suffice."""
-BAYESIAN_FROM = 20
-"""`auto` models the objective from this many trials on: TPE draws its first ones at random anyway."""
-
-
-class ObjectiveConfig(Spec):
-    """The metric that trials are compared by. `mode` is the metric's own by default: a loss is better low."""
-
-    metric: str
-    mode: Literal["max", "min"] | None = None
-
-
-class AshaConfig(Spec):
-    """Asynchronous successive halving (Li et al. 2018, https://arxiv.org/abs/1810.05934), in its stopping form.
-
-    Trials are compared after `grace_epochs` epochs and then each time `reduction_factor` times as many; one in
-    `reduction_factor` goes on.
-    """
-
-    grace_epochs: Count = 1
-    reduction_factor: Annotated[Integer, Field(ge=2)] = 3
-
-
-class SchedulerConfig(Spec):
-    asha: AshaConfig = AshaConfig()
-
-
-def _to_scheduler(value: Any) -> Any:
-    return {"asha": {}} if value == "asha" else None if value == "none" else value
-
-
-class TuneConfig(Spec):
-    """A search. `grid` needs no `trials`; the other methods run 16 unless told."""
-
-    algorithm: Literal["grid", "random", "bayesian", "auto"] = "auto"
-    trials: Count | None = None
-    space: dict[str, Any]
-    objective: ObjectiveConfig | None = None
-    scheduler: Annotated[SchedulerConfig | None, BeforeValidator(_to_scheduler)] = None
-    folds: Annotated[Integer, Field(ge=2)] | None = None
-    """Cross-validate: `train` is cut into so many parts, each held out by one of as many trainings of a trial."""
-    train: TrainConfig = TrainConfig()
-
-    @property
-    def searched(self) -> list[str]:
-        """The dotted paths that the search sets."""
-        return Space.parse(self.space).paths()
-
-    @property
-    def code_references(self) -> tuple[str, ...]:
-        return self.train.code_references
-
-    @property
-    def method(self) -> tuple[Algorithm, int, str]:
-        """The method, the number of trials, and why: what `auto` and the defaults come down to."""
-        size = Space.parse(self.space).size()
-        if self.algorithm == "grid":
-            return "grid", size or 0, f"every one of {size} points"
-        trials = self.trials or 16
-        if self.algorithm != "auto":
-            return self.algorithm, trials, "as asked"
-        if size is not None and size <= min(SMALL_SPACE, trials):
-            return "grid", size, f"the space has only {size} points"
-        if trials < BAYESIAN_FROM:
-            return "random", trials, f"{trials} trials are too few to learn a model of the space from"
-        return "bayesian", trials, f"{trials} trials suffice to learn where the space is good"
+__all__ = ["TuneConfig", "tune"]
 
 
 def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
@@ -102,7 +33,7 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     workers = view.resources.workers_per_trial
     yield from check_loop(config.train, view, place="config.train", workers=workers)
     yield from _check_folds(config, view)
-    if config.algorithm == "grid":
+    if config.exhaustive:
         try:
             space.grid()
         except SpecError as error:

@@ -1,11 +1,14 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from heliostat.core.space import Space
+from heliostat.runtime.engines import engines
 from heliostat.runtime.journal import TrialRecord
 from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
-from heliostat.runtime.searchers import make_engine
 
 SPACE = Space.parse(
     {
@@ -22,11 +25,19 @@ SPACE = Space.parse(
 )
 
 
+SAMPLING = [name for name, kind in engines().items() if not kind.exhaustive]
+LEARNING = ["bayesian", "optuna_tpe"]
+
+
+def make_engine(algorithm: str, **settings):
+    return engines()[algorithm].make(settings.pop("space"), **settings)
+
+
 def value(params: dict) -> float:
     return params["optimizer.lr"] * params["model_args.width"]
 
 
-@pytest.mark.parametrize("algorithm", ["random", "bayesian"])
+@pytest.mark.parametrize("algorithm", SAMPLING)
 def test_parameters_lie_in_the_space_and_options_come_back_as_written(algorithm):
     engine = make_engine(algorithm, space=SPACE, mode="min", seed=1, trials=30)
     seen = []
@@ -44,28 +55,50 @@ def test_parameters_lie_in_the_space_and_options_come_back_as_written(algorithm)
     assert all(option in seen for option in ([8, 8], {"wide": [1]}, None, {}))
 
 
-@pytest.mark.parametrize("algorithm", ["random", "bayesian"])
+def past_of(algorithm: str, trials: int) -> list[tuple]:
+    """A search with two trials at a time, of which one fails: what was suggested and what came of it, in order."""
+    engine = make_engine(algorithm, space=SPACE, mode="max", seed=3, trials=trials)
+    past, open_trials = [], []
+    for number in range(trials):
+        trial = str(number)
+        open_trials.append((trial, engine.suggest(trial)))
+        past.append(("suggested", *open_trials[-1]))
+        if number % 2:
+            for ended, params in reversed(open_trials):
+                outcome = None if ended == "5" else value(params)
+                engine.observe(ended, outcome)
+                past.append(("ended", ended, outcome))
+            open_trials = []
+    return past
+
+
+@pytest.mark.parametrize("algorithm", SAMPLING)
 def test_a_fresh_engine_led_through_the_past_suggests_what_the_first_would_have(algorithm):
-    def make():
-        return make_engine(algorithm, space=SPACE, mode="max", seed=3, trials=12)
-
-    first, past = make(), []
-    for trial in map(str, range(12)):
-        params = first.suggest(trial)
-        outcome = None if trial == "5" else value(params)
-        first.observe(trial, outcome)
-        past.append((trial, params, outcome))
-
-    again = make()
-    for trial, params, outcome in past[:8]:
-        assert again.suggest(trial) == params
-        again.observe(trial, outcome)
-    for trial, params, outcome in past[8:]:
-        assert again.suggest(trial) == params
-        again.observe(trial, outcome)
+    again = make_engine(algorithm, space=SPACE, mode="max", seed=3, trials=24)
+    for event, trial, what in past_of(algorithm, 24):
+        if event == "suggested":
+            assert again.suggest(trial) == what
+        else:
+            again.observe(trial, what)
 
 
-def test_bayesian_search_learns_where_to_look():
+def test_another_process_suggests_the_same():
+    """A search goes on in a process whose hashes of strings are others."""
+    script = f"""
+import importlib.util, json, sys
+spec = importlib.util.spec_from_file_location("here", {__file__!r})
+here = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(here)
+print(json.dumps([here.past_of(algorithm, 24) for algorithm in here.SAMPLING]))
+"""
+    here = json.dumps([past_of(algorithm, 24) for algorithm in SAMPLING])
+    environment = os.environ | {"PYTHONHASHSEED": "1234"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == here
+
+
+@pytest.mark.parametrize("algorithm", LEARNING)
+def test_a_search_with_a_model_learns_where_to_look(algorithm):
     space = Space.parse({"x": {"uniform": [-5.0, 5.0]}, "y": {"uniform": [-5.0, 5.0]}})
 
     def late(algorithm: str, seed: int) -> float:
@@ -76,7 +109,7 @@ def test_bayesian_search_learns_where_to_look():
             engine.observe(trial, found[-1])
         return sum(found[20:]) / 20
 
-    assert all(late("bayesian", seed) < 0.8 * late("random", seed) for seed in range(3))
+    assert all(late(algorithm, seed) < 0.8 * late("random", seed) for seed in range(3))
 
 
 def test_grid_search_tries_every_point_once_and_ends():
@@ -87,8 +120,9 @@ def test_grid_search_tries_every_point_once_and_ends():
     assert points[6] is None
 
 
-def test_bayesian_search_of_constants_alone_suggests_them():
-    engine = make_engine("bayesian", space=Space.parse({"a": 1}), mode="max", seed=0, trials=2)
+@pytest.mark.parametrize("algorithm", engines())
+def test_a_search_of_constants_alone_suggests_them(algorithm):
+    engine = make_engine(algorithm, space=Space.parse({"a": 1}), mode="max", seed=0, trials=2)
     assert engine.suggest("1") == {"a": 1}
 
 

@@ -1,0 +1,77 @@
+"""`bayesian`: tree-structured Parzen estimators (Bergstra et al., 2011) by HyperOpt, through Ray's HyperOptSearch.
+
+A label is a dimension's way through the options of the space. An option goes through HyperOpt as its index: it would
+make `{}` of lists and dicts.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from heliostat.core.space import Choice, Constant, Dimension, Grid, LogUniform, RandInt, Space, Uniform
+from heliostat.runtime.engines import Engine, EngineKind, Mode, startup_trials
+from heliostat.runtime.engines.listed import make_random
+
+INDEX = ""
+"""Beside the labels, which are never empty, of what an option opens."""
+
+
+def make_bayesian(space: Space, *, mode: Mode, seed: int, trials: int) -> Engine:
+    """The engine. A space of constants alone leaves HyperOpt nothing to model, so it is sampled."""
+    from ray.tune.search.hyperopt import HyperOptSearch
+
+    expressions = _to_hyperopt(space, "")
+    if not expressions:
+        return make_random(space, mode=mode, seed=seed, trials=trials)
+    search = HyperOptSearch(
+        expressions, metric="value", mode=mode, n_initial_points=startup_trials(trials), random_state_seed=seed
+    )
+    return _HyperOpt(space, search)
+
+
+class _HyperOpt:
+    def __init__(self, space: Space, search: Any) -> None:
+        self._space, self._search = space, search
+
+    def suggest(self, trial: str) -> dict[str, Any] | None:
+        drawn = dict(_flat(self._search.suggest(trial)))
+        return self._space.point(lambda label, dimension: drawn[label])
+
+    def observe(self, trial: str, value: float | None) -> None:
+        self._search.on_trial_complete(trial, result=None if value is None else {"value": value}, error=value is None)
+
+
+def _to_hyperopt(space: Space, prefix: str) -> dict[str, Any]:
+    return {
+        f"{prefix}{path}": _expression(dimension, f"{prefix}{path}")
+        for path, dimension in space.dimensions.items()
+        if not isinstance(dimension, Constant)
+    }
+
+
+def _expression(dimension: Dimension, label: str) -> Any:
+    from hyperopt import hp
+
+    match dimension:
+        case Uniform(low, high):
+            return hp.uniform(label, low, high)
+        case LogUniform(low, high):
+            return hp.loguniform(label, math.log(low), math.log(high))
+        case RandInt(low, high):
+            return hp.uniformint(label, low, high - 1) if high - low > 1 else hp.choice(label, [low])
+        case Choice(options) | Grid(options):
+            return hp.choice(
+                label, [{INDEX: i, **_to_hyperopt(option.space, f"{label}/{i}/")} for i, option in enumerate(options)]
+            )
+
+
+def _flat(drawn: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for label, value in drawn.items():
+        if isinstance(value, Mapping):
+            yield label, value[INDEX]
+            yield from _flat(value)
+        else:
+            yield label, value
+
+
+ENGINES = (EngineKind("bayesian", make_bayesian),)

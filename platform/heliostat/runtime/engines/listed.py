@@ -1,0 +1,37 @@
+"""`grid` and `random`: points that no outcome has a say in, from Python's own library."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from heliostat.core.space import Space
+from heliostat.runtime.engines import Engine, EngineKind, Mode
+
+
+class Listed:
+    """One point after another, until there are no more."""
+
+    def __init__(self, points: Iterator[dict[str, Any]]) -> None:
+        self._points = points
+
+    def suggest(self, trial: str) -> dict[str, Any] | None:
+        return next(self._points, None)
+
+    def observe(self, trial: str, value: float | None) -> None:
+        pass
+
+
+def make_grid(space: Space, *, mode: Mode, seed: int, trials: int) -> Engine:
+    return Listed(iter(space.grid()))
+
+
+def make_random(space: Space, *, mode: Mode, seed: int, trials: int) -> Engine:
+    return Listed(_samples(space, random.Random(seed)))
+
+
+def _samples(space: Space, rng: random.Random) -> Iterator[dict[str, Any]]:
+    while True:
+        yield space.sample(rng)
+
+
+ENGINES = (EngineKind("grid", make_grid, exhaustive=True), EngineKind("random", make_random))

@@ -1,0 +1,50 @@
+"""`optuna_tpe`: tree-structured Parzen estimators by Optuna, with its defaults (Watanabe, 2023,
+https://arxiv.org/abs/2304.11127).
+
+Optuna asks for a dimension's distribution when the point comes to it, so a conditional one is asked for only where it
+exists. An option goes through Optuna as its index.
+"""
+
+from typing import Any
+
+from heliostat.core.space import Choice, Grid, LogUniform, RandInt, Space, Uniform, Varied
+from heliostat.runtime.engines import Engine, EngineKind, Mode, startup_trials
+
+
+def make_tpe(space: Space, *, mode: Mode, seed: int, trials: int) -> Engine:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.TPESampler(n_startup_trials=startup_trials(trials), seed=seed)
+    study = optuna.create_study(sampler=sampler, direction="maximize" if mode == "max" else "minimize")
+    return _Optuna(space, study)
+
+
+class _Optuna:
+    def __init__(self, space: Space, study: Any) -> None:
+        self._space, self._study = space, study
+        self._asked: dict[str, Any] = {}
+
+    def suggest(self, trial: str) -> dict[str, Any] | None:
+        asked = self._asked[trial] = self._study.ask()
+        return self._space.point(lambda label, dimension: _draw(asked, label, dimension))
+
+    def observe(self, trial: str, value: float | None) -> None:
+        from optuna.trial import TrialState
+
+        self._study.tell(self._asked.pop(trial), value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
+
+
+def _draw(asked: Any, label: str, dimension: Varied) -> Any:
+    match dimension:
+        case Uniform(low, high):
+            return asked.suggest_float(label, low, high)
+        case LogUniform(low, high):
+            return asked.suggest_float(label, low, high, log=True)
+        case RandInt(low, high):
+            return asked.suggest_int(label, low, high - 1)
+        case Choice(options) | Grid(options):
+            return asked.suggest_categorical(label, range(len(options)))
+
+
+ENGINES = (EngineKind("optuna_tpe", make_tpe),)

@@ -1,0 +1,94 @@
+"""What a pipeline file may say of a search, and what its defaults and `auto` come down to."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from heliostat.core.model import Count, Integer, Spec
+from heliostat.core.space import Space
+from heliostat.errors import nearest
+from heliostat.training.config import TrainConfig
+
+SMALL_SPACE = 64
+"""`auto` tries every point of a discrete space up to this size, if the trials suffice."""
+BAYESIAN_FROM = 20
+"""`auto` models the objective from this many trials on: TPE draws its first ones at random anyway."""
+
+
+class ObjectiveConfig(Spec):
+    """The metric that trials are compared by. `mode` is the metric's own by default: a loss is better low."""
+
+    metric: str
+    mode: Literal["max", "min"] | None = None
+
+
+class AshaConfig(Spec):
+    """Asynchronous successive halving (Li et al. 2018, https://arxiv.org/abs/1810.05934), in its stopping form.
+
+    Trials are compared after `grace_epochs` epochs and then each time `reduction_factor` times as many; one in
+    `reduction_factor` goes on.
+    """
+
+    grace_epochs: Count = 1
+    reduction_factor: Annotated[Integer, Field(ge=2)] = 3
+
+
+class SchedulerConfig(Spec):
+    asha: AshaConfig = AshaConfig()
+
+
+def _known_algorithm(name: str) -> str:
+    from heliostat.runtime.engines import engines
+
+    known = [*engines(), "auto"]
+    if name not in known:
+        raise ValueError(f"unknown algorithm {name!r}{nearest(name, known)}")
+    return name
+
+
+def _to_scheduler(value: Any) -> Any:
+    return {"asha": {}} if value == "asha" else None if value == "none" else value
+
+
+class TuneConfig(Spec):
+    """A search. `grid` needs no `trials`; the other methods run 16 unless told."""
+
+    algorithm: Annotated[str, AfterValidator(_known_algorithm)] = "auto"
+    trials: Count | None = None
+    space: dict[str, Any]
+    objective: ObjectiveConfig | None = None
+    scheduler: Annotated[SchedulerConfig | None, BeforeValidator(_to_scheduler)] = None
+    folds: Annotated[Integer, Field(ge=2)] | None = None
+    """Cross-validate: `train` is cut into so many parts, each held out by one of as many trainings of a trial."""
+    train: TrainConfig = TrainConfig()
+
+    @property
+    def searched(self) -> list[str]:
+        """The dotted paths that the search sets."""
+        return Space.parse(self.space).paths()
+
+    @property
+    def code_references(self) -> tuple[str, ...]:
+        return self.train.code_references
+
+    @property
+    def exhaustive(self) -> bool:
+        """Whether the method that is asked for tries each point of the space."""
+        from heliostat.runtime.engines import engines
+
+        return self.algorithm in engines() and engines()[self.algorithm].exhaustive
+
+    @property
+    def method(self) -> tuple[str, int, str]:
+        """The method, the number of trials, and why: what `auto` and the defaults come down to."""
+        size = Space.parse(self.space).size()
+        if self.exhaustive:
+            return self.algorithm, size or 0, f"every one of {size} points"
+        trials = self.trials or 16
+        if self.algorithm != "auto":
+            return self.algorithm, trials, "as asked"
+        if size is not None and size <= min(SMALL_SPACE, trials):
+            return "grid", size, f"the space has only {size} points"
+        if trials < BAYESIAN_FROM:
+            return "random", trials, f"{trials} trials are too few to learn a model of the space from"
+        return "bayesian", trials, f"{trials} trials suffice to learn where the space is good"
