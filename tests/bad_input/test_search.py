@@ -55,6 +55,10 @@ SEARCH = "stages[0] (search).config.space"
             space(optimizer__lr={"loguniform": [0, 0.1]}),
             f"{SEARCH}.optimizer.lr.loguniform: the logarithm needs a low end above zero, not 0",
         ),
+        (
+            space(optimizer__lr={"normal": [0.1, 0.05]}),
+            f"{SEARCH}.optimizer.lr: input should be greater than 0, not -0.1",
+        ),
         (space(batch_size={"choice": [32, -1]}), f"{SEARCH}.batch_size: input should be greater than or equal to 1"),
         (
             space(batch_size={"randint": [-5, 64]}),
@@ -90,7 +94,7 @@ SEARCH = "stages[0] (search).config.space"
         ),
         (
             {"stages/search/config/algorithm": "grid", "stages/search/config/trials": ...},
-            f"{SEARCH}.optimizer.lr: loguniform has no end of values; a grid needs `grid`, `choice` or `randint`",
+            f"{SEARCH}.optimizer.lr: loguniform has no end of values; a grid needs `grid`, `choice`, `randint`",
         ),
         (
             {"stages/search/config/algorithm": "grid", **space(batch_size={"choice": [16, 32]})},

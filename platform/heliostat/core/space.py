@@ -6,6 +6,7 @@ A space maps dotted paths of the train config to dimensions:
     model_args.width: {choice: [8, 16, 32]}
     optimizer.name: {choice: [adam, {value: sgd, space: {optimizer.momentum: {uniform: [0.0, 0.99]}}}]}
     model_args.depth: {grid: [1, 2, 3]}
+    model_args.dropout: {quniform: [0.0, 0.5, 0.1]}
     model_args.bias: true
 
 The last is a constant. An option `{value: …, space: …}` opens further dimensions when it is taken. Parameters come
@@ -15,8 +16,10 @@ out as flat mappings from path to value, exactly as written.
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import cached_property
 from typing import Any
 
 from heliostat.errors import SpecError, nearest
@@ -61,7 +64,64 @@ class RandInt:
         return rng.randrange(self.low, self.high)
 
     def within(self, value: float) -> int:
-        return int(value)
+        return min(max(math.floor(value), self.low), self.high - 1)
+
+    @property
+    def values(self) -> Sequence[int]:
+        return range(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class LogRandInt:
+    """A whole number in [low, high) whose logarithm is uniform: the floor of a `LogUniform`; 1 <= low."""
+
+    low: int
+    high: int
+
+    def sample(self, rng: random.Random) -> float:
+        return LogUniform(self.low, self.high).sample(rng)
+
+    def within(self, value: float) -> int:
+        return RandInt(self.low, self.high).within(value)
+
+    @property
+    def values(self) -> Sequence[int]:
+        return range(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class QUniform:
+    """One of low, low + step, low + 2 step and so on up to high, each as likely; drawn by its place in `values`."""
+
+    low: float
+    high: float
+    step: float
+
+    def sample(self, rng: random.Random) -> int:
+        return rng.randrange(len(self.values))
+
+    def within(self, place: float) -> float:
+        return self.values[RandInt(0, len(self.values)).within(place)]
+
+    @cached_property
+    def values(self) -> Sequence[float]:
+        """As one would write them: decimal arithmetic has 0.1 + 2 * 0.1 be 0.3."""
+        low, high, step = (Decimal(repr(number)) for number in (self.low, self.high, self.step))
+        return [float(low + k * step) for k in range(int((high - low) / step) + 1)]
+
+
+@dataclass(frozen=True)
+class Normal:
+    """A real number of the normal distribution; it has no bounds."""
+
+    mean: float
+    deviation: float
+
+    def sample(self, rng: random.Random) -> float:
+        return rng.gauss(self.mean, self.deviation)
+
+    def within(self, value: float) -> float:
+        return float(value)
 
 
 @dataclass(frozen=True)
@@ -97,7 +157,8 @@ class Constant:
     value: Any
 
 
-Varied = Uniform | LogUniform | RandInt | Choice | Grid
+Countable = RandInt | LogRandInt | QUniform
+Varied = Uniform | LogUniform | Normal | Countable | Choice | Grid
 Dimension = Varied | Constant
 
 
@@ -150,10 +211,10 @@ class Space:
         total = 1
         for dimension in self.dimensions.values():
             match dimension:
-                case Uniform() | LogUniform():
+                case Uniform() | LogUniform() | Normal():
                     return None
-                case RandInt(low, high):
-                    total *= high - low
+                case RandInt() | LogRandInt() | QUniform():
+                    total *= len(dimension.values)
                 case Choice(options) | Grid(options):
                     sizes = [option.space.size() for option in options]
                     if None in sizes:
@@ -169,15 +230,16 @@ class Space:
 
 def _points(path: str, dimension: Dimension) -> Iterator[dict[str, Any]]:
     match dimension:
-        case RandInt(low, high):
-            yield from ({path: value} for value in range(low, high))
+        case RandInt() | LogRandInt() | QUniform():
+            yield from ({path: value} for value in dimension.values)
         case Choice(options) | Grid(options):
             yield from ({path: option.value, **rest} for option in options for rest in option.space.grid())
         case Constant(value):
             yield {path: value}
         case _:
             name = type(dimension).__name__.lower()
-            raise SpecError(f"{path}: {name} has no end of values; a grid needs `grid`, `choice` or `randint`")
+            words = "`grid`, `choice`, `randint`, `lograndint` or `quniform`"
+            raise SpecError(f"{path}: {name} has no end of values; a grid needs {words}")
 
 
 def _parse_dimension(value: Any, place: str) -> Dimension:
@@ -198,17 +260,25 @@ def _parse_dimension(value: Any, place: str) -> Dimension:
     return parsed
 
 
-def _parse_range(argument: Any, place: str, *, whole: bool) -> tuple[Any, Any]:
+def _parse_numbers(argument: Any, place: str, *, what: str, names: Sequence[str], whole: bool = False) -> list[Any]:
     kinds = (int,) if whole else (int, float)
-    if not isinstance(argument, list | tuple) or len(argument) != 2:
-        raise SpecError(f"{place}: {argument!r} is not a range; write [low, high]")
-    for end in argument:
-        if isinstance(end, bool) or not isinstance(end, kinds) or not math.isfinite(end):
-            raise SpecError(f"{place}: {end!r} is not a {'whole ' if whole else ''}number")
-    low, high = argument
+    if not isinstance(argument, list | tuple) or len(argument) != len(names):
+        raise SpecError(f"{place}: {argument!r} is not {what}; write [{', '.join(names)}]")
+    for number in argument:
+        if isinstance(number, bool) or not isinstance(number, kinds) or not math.isfinite(number):
+            raise SpecError(f"{place}: {number!r} is not a {'whole ' if whole else ''}number")
+    return list(argument)
+
+
+def _parse_range(argument: Any, place: str, *, whole: bool) -> tuple[Any, Any]:
+    low, high = _parse_numbers(argument, place, what="a range", names=("low", "high"), whole=whole)
+    _check_range(low, high, place)
+    return low, high
+
+
+def _check_range(low: float, high: float, place: str) -> None:
     if low >= high:
         raise SpecError(f"{place}: the range [{low}, {high}] is {'reversed' if low > high else 'empty'}")
-    return low, high
 
 
 def _parse_uniform(argument: Any, place: str) -> Uniform:
@@ -218,13 +288,38 @@ def _parse_uniform(argument: Any, place: str) -> Uniform:
 
 def _parse_loguniform(argument: Any, place: str) -> LogUniform:
     low, high = _parse_range(argument, place, whole=False)
+    _check_logarithm(low, place)
+    return LogUniform(float(low), float(high))
+
+
+def _check_logarithm(low: float, place: str) -> None:
     if low <= 0:
         raise SpecError(f"{place}: the logarithm needs a low end above zero, not {low}")
-    return LogUniform(float(low), float(high))
 
 
 def _parse_randint(argument: Any, place: str) -> RandInt:
     return RandInt(*_parse_range(argument, place, whole=True))
+
+
+def _parse_lograndint(argument: Any, place: str) -> LogRandInt:
+    low, high = _parse_range(argument, place, whole=True)
+    _check_logarithm(low, place)
+    return LogRandInt(low, high)
+
+
+def _parse_quniform(argument: Any, place: str) -> QUniform:
+    low, high, step = _parse_numbers(argument, place, what="a stepped range", names=("low", "high", "step"))
+    _check_range(low, high, place)
+    if not 0 < step <= high - low:
+        raise SpecError(f"{place}: a step of {step} does not lead from {low} to {high}")
+    return QUniform(float(low), float(high), float(step))
+
+
+def _parse_normal(argument: Any, place: str) -> Normal:
+    mean, deviation = _parse_numbers(argument, place, what="a normal distribution", names=("mean", "deviation"))
+    if deviation <= 0:
+        raise SpecError(f"{place}: the standard deviation is above zero, not {deviation}")
+    return Normal(float(mean), float(deviation))
 
 
 def _parse_options(argument: Any, place: str) -> tuple[Option, ...]:
@@ -245,7 +340,10 @@ def _parse_option(value: Any, place: str) -> Option:
 _PARSERS: dict[str, Any] = {
     "uniform": _parse_uniform,
     "loguniform": _parse_loguniform,
+    "quniform": _parse_quniform,
+    "normal": _parse_normal,
     "randint": _parse_randint,
+    "lograndint": _parse_lograndint,
     "choice": lambda argument, place: Choice(_parse_options(argument, place)),
     "grid": lambda argument, place: Grid(_parse_options(argument, place)),
 }

@@ -6,7 +6,19 @@ from typing import Any, Literal
 
 from heliostat.core.artifact import write_json
 from heliostat.core.paths import overlay, why_not_a_path
-from heliostat.core.space import Choice, Constant, Dimension, Grid, LogUniform, RandInt, Space, Uniform
+from heliostat.core.space import (
+    Choice,
+    Constant,
+    Dimension,
+    Grid,
+    LogRandInt,
+    LogUniform,
+    Normal,
+    QUniform,
+    RandInt,
+    Space,
+    Uniform,
+)
 from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.errors import SpecError
@@ -15,6 +27,9 @@ from heliostat.stages.tune_config import TuneConfig
 from heliostat.training.config import TrainConfig
 
 __all__ = ["TuneConfig", "tune"]
+
+RARE = 4.0
+"""The train config must take what a normal distribution gives within so many deviations: all but one in 16,000."""
 
 
 def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
@@ -65,8 +80,10 @@ def _ends(path: str, dimension: Dimension, rng: random.Random) -> Iterator[Mappi
     match dimension:
         case Uniform(low, high) | LogUniform(low, high):
             yield from ({path: low}, {path: high})
-        case RandInt(low, high):
-            yield from ({path: low}, {path: high - 1})
+        case RandInt() | LogRandInt() | QUniform():
+            yield from ({path: dimension.values[0]}, {path: dimension.values[-1]})
+        case Normal(mean, deviation):
+            yield from ({path: mean - RARE * deviation}, {path: mean + RARE * deviation})
         case Choice(options) | Grid(options):
             yield from ({path: option.value, **point} for option in options for point in _probes(option.space, rng))
         case Constant(value):

@@ -1,14 +1,27 @@
 """`bayesian`: tree-structured Parzen estimators (Bergstra et al., 2011) by HyperOpt, through Ray's HyperOptSearch.
 
 A label is a dimension's way through the options of the space. An option goes through HyperOpt as its index: it would
-make `{}` of lists and dicts.
+make `{}` of lists and dicts. Of a whole number it draws a real one, whose floor is taken: its own whole numbers have
+the ends half as often as the rest.
 """
 
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from heliostat.core.space import Choice, Constant, Dimension, Grid, LogUniform, RandInt, Space, Uniform
+from heliostat.core.space import (
+    Choice,
+    Constant,
+    Dimension,
+    Grid,
+    LogRandInt,
+    LogUniform,
+    Normal,
+    QUniform,
+    RandInt,
+    Space,
+    Uniform,
+)
 from heliostat.runtime.engines import Engine, EngineKind, Mode, startup_trials
 from heliostat.runtime.engines.listed import make_random
 
@@ -57,8 +70,14 @@ def _expression(dimension: Dimension, label: str) -> Any:
             return hp.uniform(label, low, high)
         case LogUniform(low, high):
             return hp.loguniform(label, math.log(low), math.log(high))
+        case Normal(mean, deviation):
+            return hp.normal(label, mean, deviation)
         case RandInt(low, high):
-            return hp.uniformint(label, low, high - 1) if high - low > 1 else hp.choice(label, [low])
+            return hp.uniform(label, low, high)
+        case LogRandInt(low, high):
+            return hp.loguniform(label, math.log(low), math.log(high))
+        case QUniform():
+            return hp.uniform(label, 0, len(dimension.values))
         case Choice(options) | Grid(options):
             return hp.choice(
                 label, [{INDEX: i, **_to_hyperopt(option.space, f"{label}/{i}/")} for i, option in enumerate(options)]

@@ -2,13 +2,28 @@
 https://arxiv.org/abs/2304.11127).
 
 Optuna asks for a dimension's distribution when the point comes to it, so a conditional one is asked for only where it
-exists. An option goes through Optuna as its index.
+exists. An option goes through Optuna as its index, a normally distributed number as its quantile.
 """
 
+from statistics import NormalDist
 from typing import Any
 
-from heliostat.core.space import Choice, Grid, LogUniform, RandInt, Space, Uniform, Varied
+from heliostat.core.space import (
+    Choice,
+    Grid,
+    LogRandInt,
+    LogUniform,
+    Normal,
+    QUniform,
+    RandInt,
+    Space,
+    Uniform,
+    Varied,
+)
 from heliostat.runtime.engines import Engine, EngineKind, Mode, startup_trials
+
+TAIL = 1e-9
+"""So much of a normal distribution is left out at either end."""
 
 
 def make_tpe(space: Space, *, mode: Mode, seed: int, trials: int) -> Engine:
@@ -41,8 +56,14 @@ def _draw(asked: Any, label: str, dimension: Varied) -> Any:
             return asked.suggest_float(label, low, high)
         case LogUniform(low, high):
             return asked.suggest_float(label, low, high, log=True)
+        case Normal(mean, deviation):
+            return NormalDist(mean, deviation).inv_cdf(asked.suggest_float(label, TAIL, 1 - TAIL))
         case RandInt(low, high):
             return asked.suggest_int(label, low, high - 1)
+        case LogRandInt(low, high):
+            return asked.suggest_int(label, low, high - 1, log=True)
+        case QUniform():
+            return asked.suggest_int(label, 0, len(dimension.values) - 1)
         case Choice(options) | Grid(options):
             return asked.suggest_categorical(label, range(len(options)))
 
