@@ -9,8 +9,12 @@ from typing import Any
 
 import pytest
 
-from heliostat.core.spec import Task
+from heliostat.core.space import Space
+from heliostat.core.spec import Resources, Task
 from heliostat.runtime import session
+from heliostat.training.config import TrainConfig
+
+SPACE = {"optimizer.lr": {"loguniform": [1e-3, 1e-1]}, "model_args.width": {"choice": [2, 4, 8]}}
 
 TOY = """
     import os, signal, time
@@ -102,3 +106,28 @@ def task() -> Task:
 @pytest.fixture
 def reporter() -> RecordingReporter:
     return RecordingReporter()
+
+
+@pytest.fixture
+def run(task, root, tmp_path, reporter):
+    """A search over the toy's space, with the changes that a test names."""
+    from heliostat.runtime.trials import search
+
+    def run(**changes):
+        settings = {
+            "space": Space.parse(changes.pop("space", SPACE)),
+            "algorithm": "random",
+            "trials": 4,
+            "train": TrainConfig(epochs=2, batch_size=16),
+            "objective": ("val_loss", "min"),
+            "scheduler": None,
+            "seed": 0,
+            "resources": Resources(),
+            "root": root,
+            "folder": tmp_path,
+            "reporter": reporter,
+            "cancel": threading.Event(),
+        }
+        return search(changes.pop("task", task), **(settings | changes))
+
+    return run

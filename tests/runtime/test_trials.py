@@ -7,40 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from heliostat.core.space import Space
 from heliostat.core.spec import Resources, Task
 from heliostat.errors import ResourceError, StageError
 from heliostat.runtime.ledger import trial_seed
 from heliostat.runtime.scheduling import AshaSettings
-from heliostat.runtime.trials import search
 from heliostat.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 ONE_AT_A_TIME = Resources(max_concurrent_trials=1)
-SPACE = {"optimizer.lr": {"loguniform": [1e-3, 1e-1]}, "model_args.width": {"choice": [2, 4, 8]}}
-
-
-@pytest.fixture
-def run(task, root, tmp_path, reporter):
-    def run(**changes):
-        settings = {
-            "space": Space.parse(changes.pop("space", SPACE)),
-            "algorithm": "random",
-            "trials": 4,
-            "train": TrainConfig(epochs=2, batch_size=16),
-            "objective": ("val_loss", "min"),
-            "scheduler": None,
-            "seed": 0,
-            "resources": Resources(),
-            "root": root,
-            "folder": tmp_path,
-            "reporter": reporter,
-            "cancel": threading.Event(),
-        }
-        return search(changes.pop("task", task), **(settings | changes))
-
-    return run
 
 
 @pytest.fixture

@@ -178,6 +178,13 @@ def own_sources(references: Iterable[str], root: Path) -> dict[str, bytes]:
     return dict(sorted(sources.items()))
 
 
+def own_modules(root: Path) -> list[ModuleType]:
+    """The modules of the pipeline's folder that this process has imported."""
+    root, installed = root.resolve(), _installed_folders()
+    files = [(module, Path(getattr(module, "__file__", None) or "/")) for module in sys.modules.values()]
+    return [module for module, file in files if root in file.parents and _is_own(file, root, installed)]
+
+
 def digest_sources(sources: Mapping[str, bytes]) -> dict[str, str]:
     """A short sha256 of each file, so that a change can be told by the file's name."""
     return {path: hashlib.sha256(content).hexdigest()[:16] for path, content in sources.items()}

@@ -79,8 +79,9 @@ def _run(work: TrainWork, *, rank: int, size: int) -> Any:
     import torch
 
     from heliostat.training.checkpoints import Checkpoints
+    from heliostat.training.isolation import fresh_process_state
     from heliostat.training.run import run_training
-    from heliostat.training.seeding import fresh_process_state, seed_everything
+    from heliostat.training.seeding import seed_everything
     from heliostat.training.world import World
 
     fresh_process_state(num_threads=max(1, int(work.resources.cpus_per_worker)))

@@ -147,12 +147,14 @@ def _train_here(work: TrialWork, config: TrainConfig, seed: int, on_epoch: OnEpo
     import torch
 
     from heliostat.training.folds import cross_validate, cut_folds
+    from heliostat.training.isolation import as_if_first
     from heliostat.training.run import run_training
-    from heliostat.training.seeding import fresh_process_state, seed_everything
+    from heliostat.training.seeding import seed_everything
     from heliostat.training.task import build_data
     from heliostat.training.world import World
 
-    fresh_process_state(num_threads=max(1, int(work.resources.cpus_per_worker)))
+    references = [*work.task.references.values(), *work.train.code_references]
+    as_if_first(work.root, references, num_threads=max(1, int(work.resources.cpus_per_worker)))
     seed_everything(seed)
     device = torch.device("cuda" if work.resources.gpus_per_worker else "cpu")
     world = World(0, 1, device)

@@ -1,4 +1,4 @@
-"""Randomness that depends on the seed alone, and a process that starts a trial as if it were new.
+"""Randomness that depends on the seed alone.
 
 Nothing draws from a stream that runs through the whole training: each epoch derives its own seed from (seed, epoch,
 rank), so that an epoch is the same whether or not the run was interrupted before it.
@@ -23,26 +23,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def fresh_process_state(*, num_threads: int) -> None:
-    """Reset what one trial's code may leave behind in torch for the next one in this process. Seeds are separate."""
-    torch.set_num_threads(num_threads)
-    torch.set_grad_enabled(True)
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-    torch.set_float32_matmul_precision("highest")
-    torch.set_flush_denormal(False)
-    torch.use_deterministic_algorithms(False)
-    torch.autograd.set_detect_anomaly(False)
-    for device_type in ("cpu", "cuda"):
-        torch.set_autocast_enabled(device_type, False)
-    torch.set_autocast_dtype("cpu", torch.bfloat16)
-    torch.set_autocast_dtype("cuda", torch.float16)
-    torch.set_autocast_cache_enabled(True)
-    torch.clear_autocast_cache()
-    torch.backends.cudnn.deterministic = False
-    torch.backends.cudnn.benchmark = False
 
 
 @contextmanager
