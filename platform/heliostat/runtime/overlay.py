@@ -20,3 +20,9 @@ def overlay(config: TrainConfig, params: Mapping[str, Any]) -> TrainConfig:
             place = place.setdefault(parent, {})
         place[leaf] = value
     return validate(TrainConfig, merged)
+
+
+def data_args(config: TrainConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the data function will be given, whatever else of the parameters makes a train config or does not."""
+    mine = {path: value for path, value in params.items() if path.startswith("data_args.")}
+    return overlay(TrainConfig(data_args=config.data_args), mine).data_args

@@ -59,7 +59,7 @@ def run_task(
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         }
     threads = max(1, int(cpus))
-    task = ray.remote(_in_worker).options(**held, num_gpus=gpus, max_retries=retries, retry_exceptions=False)
+    task = ray.remote(call_in_worker).options(**held, num_gpus=gpus, max_retries=retries, retry_exceptions=False)
     reference = task.remote(cloudpickle.dumps((function, args)), root, threads)
     try:
         while True:
@@ -91,7 +91,7 @@ def _is_idle(node: Mapping[str, Any], free: Mapping[str, Mapping[str, float]]) -
     return bool(free.get(node["NodeID"], {}).get("CPU", 0) == node["Resources"].get("CPU", 0))
 
 
-def _in_worker(call: bytes, root: Path, threads: int) -> tuple[str, Any]:
+def call_in_worker(call: bytes, root: Path, threads: int) -> tuple[str, Any]:
     """The function's result, or its error as a value: Ray would wrap a raised one in text of its own.
 
     The call comes pickled, since its function may be in a module that only `root` makes importable.

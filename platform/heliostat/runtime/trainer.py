@@ -21,6 +21,7 @@ from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
 from heliostat.errors import HeliostatError, StageError
 from heliostat.runtime.mailbox import RemoteReporter, relay
+from heliostat.runtime.shared_data import SharedData
 from heliostat.runtime.tasks import own_traceback, run_task, use_threads, why_it_died
 from heliostat.training.config import TrainConfig
 
@@ -42,6 +43,7 @@ class TrainWork:
     folder: Path
     reporter: RemoteReporter
     finish: "Callable[[Fit], Any] | None"
+    data: SharedData | None
 
 
 def train_workers(
@@ -56,6 +58,7 @@ def train_workers(
     cancel: threading.Event,
     retries: int = 0,
     finish: "Callable[[Fit], Any] | None" = None,
+    data: SharedData | None = None,
 ) -> Any:
     """Train with `resources.workers` workers; go on from the newest of `folder/checkpoints` if there are any.
 
@@ -64,7 +67,7 @@ def train_workers(
     when the user's code raises, and KeyboardInterrupt when `cancel` is set.
     """
     with relay(reporter) as remote:
-        work = TrainWork(task, config, resources, seed, root, folder, remote, finish)
+        work = TrainWork(task, config, resources, seed, root, folder, remote, finish, data)
         if resources.workers == 1:
             cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
             return run_task(_train_alone, work, root=root, cpus=cpus, gpus=gpus, retries=retries, cancel=cancel)
@@ -93,6 +96,7 @@ def _run(work: TrainWork, *, rank: int, size: int) -> Any:
         work.reporter.metrics(metrics, step=epoch)
         return work.reporter.is_asked_to_stop()
 
+    data = work.data.read(work.config.data_args) if work.data else None
     fitted = run_training(
         work.task,
         work.config,
@@ -100,6 +104,7 @@ def _run(work: TrainWork, *, rank: int, size: int) -> Any:
         seed=work.seed,
         on_epoch=on_epoch,
         checkpoints=Checkpoints(work.folder / "checkpoints", keep=work.resources.keep_checkpoints),
+        data=data,
     )
     if rank != 0:
         return None

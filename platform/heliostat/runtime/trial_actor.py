@@ -24,6 +24,7 @@ from heliostat.core.stage import Unheard
 from heliostat.errors import HeliostatError
 from heliostat.runtime.journal import Row
 from heliostat.runtime.overlay import overlay
+from heliostat.runtime.shared_data import SharedData
 from heliostat.runtime.tasks import own_traceback
 from heliostat.training.config import TrainConfig
 
@@ -46,6 +47,7 @@ class TrialWork:
     root: Path
     folder: Path
     resources: Resources
+    data: SharedData | None
     retries: int
     """How often a process that died is started again: the trial's own, or all its workers together."""
 
@@ -158,11 +160,13 @@ def _train_here(work: TrialWork, config: TrainConfig, seed: int, on_epoch: OnEpo
     seed_everything(seed)
     device = torch.device("cuda" if work.resources.gpus_per_worker else "cpu")
     world = World(0, 1, device)
+    data = work.data.read(config.data_args) if work.data else None
     if work.folds is not None:
-        folds = cut_folds(build_data(work.task, config.data_args), folds=work.folds, seed=work.fold_seed)
+        whole = data or build_data(work.task, config.data_args)
+        folds = cut_folds(whole, folds=work.folds, seed=work.fold_seed)
         cross_validate(work.task, config, folds, world=world, seed=seed, on_epoch=on_epoch)
     else:
-        run_training(work.task, config, world=world, seed=seed, on_epoch=on_epoch, require_checkpoint=False)
+        run_training(work.task, config, world=world, seed=seed, on_epoch=on_epoch, require_checkpoint=False, data=data)
 
 
 def _train_together(work: TrialWork, trial: str, config: TrainConfig, seed: int, on_epoch: OnEpoch) -> None:
@@ -184,6 +188,7 @@ def _train_together(work: TrialWork, trial: str, config: TrainConfig, seed: int,
             reporter=bridge,
             cancel=bridge.stopping,
             retries=work.retries,
+            data=work.data,
         )
     except KeyboardInterrupt:  # the verdict was to stop
         pass

@@ -8,6 +8,7 @@ Tune keeps nothing that matters. A search resumes by leading a fresh engine and 
 that ended are not run again, and those under way begin anew, first, under the same ids and parameters.
 """
 
+import json
 import tempfile
 import threading
 import uuid
@@ -30,7 +31,9 @@ from heliostat.errors import ResourceError, StageError
 from heliostat.runtime.engines import Mode, engines
 from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Ledger
+from heliostat.runtime.overlay import data_args
 from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
+from heliostat.runtime.shared_data import DataProvider, shared_data
 from heliostat.runtime.trial_actor import TrialActor, TrialWork
 from heliostat.training.config import TrainConfig
 
@@ -80,12 +83,17 @@ def search(
     try:
         ledger = Ledger(engine, journal, reporter, trials=trials, seed=seed, metric=metric, mode=mode)
         if not ledger.complete:
-            work = TrialWork(task, train, folds, seed, metric, compared_at, root, folder, resources, retries)
             asha = None
             if scheduler:
                 asha = Asha(scheduler, epochs=train.epochs, mode=mode)
                 asha.remember(ledger.standing.ended.values(), rungs=compared_at, metric=metric)
-            _run_interruptibly(ledger, work, asha, concurrent=min(concurrent, ledger.left), cancel=cancel)
+            with shared_data(task, root=root, seed=seed, retries=retries) as provider:
+                shared = provider.shared if provider else None
+                work = TrialWork(
+                    task, train, folds, seed, metric, compared_at, root, folder, resources, shared, retries
+                )
+                searcher = _TuneSearcher(ledger, provider, train)
+                _run_interruptibly(searcher, work, asha, concurrent=min(concurrent, ledger.left), cancel=cancel)
     finally:
         journal.close()
     return _outcome(tuple(sorted(ledger.standing.ended.values(), key=lambda trial: trial.id)), metric=metric, mode=mode)
@@ -122,12 +130,15 @@ def _outcome(trials: Sequence[TrialRecord], *, metric: str, mode: Mode) -> Searc
 class _TuneSearcher(Searcher):  # type: ignore[misc]
     """Tune asks here for parameters. Outcomes reach the ledger through the callback, which sees how a trial ended."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, provider: DataProvider | None, train: TrainConfig) -> None:
         super().__init__()
-        self._ledger = ledger
+        self.ledger = ledger
+        self._provider, self._train = provider, train
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        return self._ledger.next() or Searcher.FINISHED
+        if (trial := self.ledger.next()) and self._provider:
+            self._provider.provide(data_args(self._train, json.loads(trial["params"])))
+        return trial or Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         pass
@@ -162,11 +173,11 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
 
 
 def _run_interruptibly(
-    ledger: Ledger, work: TrialWork, asha: Asha | None, *, concurrent: int, cancel: threading.Event
+    searcher: _TuneSearcher, work: TrialWork, asha: Asha | None, *, concurrent: int, cancel: threading.Event
 ) -> None:
     """Tune in a thread of its own: there it leaves signals alone, and this thread can be interrupted at once."""
     with ThreadPoolExecutor(1, thread_name_prefix="tune") as pool:
-        running = pool.submit(_run_tune, ledger, work, asha, concurrent=concurrent, cancel=cancel)
+        running = pool.submit(_run_tune, searcher, work, asha, concurrent=concurrent, cancel=cancel)
         try:
             while not running.done():
                 cancel.wait(POLL_S)
@@ -175,7 +186,7 @@ def _run_interruptibly(
         except KeyboardInterrupt:
             cancel.set()
         running.result()
-    if cancel.is_set() and not ledger.complete:
+    if cancel.is_set() and not searcher.ledger.complete:
         raise KeyboardInterrupt
 
 
@@ -193,7 +204,10 @@ class _Cancelled(tune.Stopper):  # type: ignore[misc]
         return self._cancel.is_set()
 
 
-def _run_tune(ledger: Ledger, work: TrialWork, asha: Asha | None, *, concurrent: int, cancel: threading.Event) -> None:
+def _run_tune(
+    searcher: _TuneSearcher, work: TrialWork, asha: Asha | None, *, concurrent: int, cancel: threading.Event
+) -> None:
+    ledger = searcher.ledger
     trainable = f"trials-{uuid.uuid4().hex}"
     with _registering:
         tune.register_trainable(trainable, type("Trials", (TrialActor,), {"work": work}))
@@ -205,7 +219,7 @@ def _run_tune(ledger: Ledger, work: TrialWork, asha: Asha | None, *, concurrent:
         tune.run(
             trainable,
             name="search",
-            search_alg=ConcurrencyLimiter(_TuneSearcher(ledger), max_concurrent=concurrent),
+            search_alg=ConcurrencyLimiter(searcher, max_concurrent=concurrent),
             scheduler=asha,
             num_samples=ledger.left,
             max_failures=work.retries,  # of the trial's process: what the user's code raises is a result

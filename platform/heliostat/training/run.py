@@ -6,7 +6,7 @@ from heliostat.training.config import TrainConfig
 from heliostat.training.loop import fit
 from heliostat.training.progress import Fit, OnEpoch
 from heliostat.training.seeding import seed_everything
-from heliostat.training.task import build_data, build_model, build_objective
+from heliostat.training.task import Data, build_data, build_model, build_objective
 from heliostat.training.user_loop import run_user_loop
 from heliostat.training.world import World
 
@@ -20,8 +20,12 @@ def run_training(
     on_epoch: OnEpoch | None = None,
     checkpoints: Checkpoints | None = None,
     require_checkpoint: bool = True,
+    data: Data | None = None,
 ) -> Fit:
-    """Train the task's model on its data. `require_checkpoint` refuses an own loop that leaves no weights behind."""
+    """Train the task's model on its data. `require_checkpoint` refuses an own loop that leaves no weights behind.
+
+    `data` is what the task's function would return, where it is there already.
+    """
     if task.train_fn is not None:
         return run_user_loop(
             task,
@@ -32,7 +36,7 @@ def run_training(
             checkpoints=checkpoints,
             require_checkpoint=require_checkpoint,
         )
-    data = build_data(task, config.data_args)
+    data = data or build_data(task, config.data_args)
     seed_everything(seed)
     model = build_model(task, config.model_args)
     return fit(

@@ -1,7 +1,7 @@
 """The user's task made concrete: a model, the data, and the objective, from `module:attribute` references.
 
-Data is read once per process: the datasets that `build_data` returns are kept for the next trial with the same
-arguments, so they must not be changed in place.
+Data is read once per process, or for a whole search (`runtime/shared_data.py`): the next trial with the same arguments
+has the same memory, so datasets must not be changed in place.
 """
 
 import json
@@ -114,6 +114,9 @@ class _Rows(IterableDataset[tuple[Any, ...]]):
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return (tuple(row.values()) for row in self._rows.iter_rows())
+
+    def __reduce__(self) -> Any:
+        raise TypeError("the blocks of a Ray Data dataset end with the process that read them")
 
 
 def build_objective(task: Task) -> Objective:
