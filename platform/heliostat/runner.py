@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import heliostat.stages  # noqa: F401 - registers the built-in stages
 from heliostat.core import load
+from heliostat.core.capacity import Capacity
 from heliostat.core.outcome import NodeOutcome, RunResult, Unwatched, View
 from heliostat.core.plan import Plan, artifact_of, check_fits, plan_pipeline
 from heliostat.core.spec import Pipeline
@@ -54,7 +55,7 @@ def run(
 
 def check_fits_here(planned: Plan) -> None:
     """Raises ResourceError for a node that this machine's CPUs can never hold, before any Ray is started to ask."""
-    check_fits(planned, cpus=os.cpu_count() or 1, gpus=math.inf, where="this machine")
+    check_fits(planned, Capacity(((os.cpu_count() or 1, math.inf),)), where="this machine")
 
 
 def _nothing_left(planned: Plan) -> bool:
@@ -94,9 +95,8 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
         )
     with ExitStack() as tracked:  # what is left to track is delivered while Ray ends
         with session.start(address, log=log, root=pipeline.root) as ray:
-            total = ray.resources()
             where = "this machine" if address is None else f"the cluster at {address}"
-            check_fits(planned, cpus=total.get("CPU", 0), gpus=total.get("GPU", 0), where=where)
+            check_fits(planned, ray.capacity(), where=where)
             history = tracked.enter_context(History.open(planned, view.note))
             outcomes, interrupted = Execution(planned, history, view).run()
             failed = any(o.status in {"failed", "skipped"} for o in outcomes)

@@ -164,6 +164,10 @@ def test_an_unknown_key_is_refused_at_every_level(refusal, changes, expected):
             "stages[0] (search).config.trials: input should be greater than or equal to 1, not -3",
         ),
         (
+            {"stages/train/resources": {"gpus_per_worker": 1.5}},
+            "stages[1] (train).resources.gpus_per_worker: 1.5 GPUs: a worker has a part of one GPU, or whole ones",
+        ),
+        (
             {"stages/train/resources": {"workers": 0}},
             "stages[1] (train).resources.workers: input should be greater than or equal to 1, not 0",
         ),

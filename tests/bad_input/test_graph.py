@@ -93,6 +93,8 @@ def test_a_trial_that_can_never_fit_is_refused(toy, change):
     pipeline = load_pipeline(toy.write(change(toy.document, {"stages/search/resources": resources})))
     with pytest.raises(ResourceError, match="search: needs"):
         check_fits_here(plan(pipeline))
+    with pytest.raises(ResourceError, match="search: needs"):
+        run(pipeline)
 
 
 @pytest.mark.parametrize(

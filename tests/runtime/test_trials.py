@@ -211,7 +211,7 @@ def test_interrupting_leaves_a_journal_that_the_search_goes_on_from(run, tmp_pat
 
 
 def test_a_trial_that_never_fits_is_refused(run):
-    with pytest.raises(ResourceError, match=r"3 worker\(s\) of 1 CPUs .* the cluster has 2 CPUs"):
+    with pytest.raises(ResourceError, match=r"3 worker\(s\) of 1 CPUs each; the cluster has 2 CPUs"):
         run(resources=Resources(workers_per_trial=3))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from heliostat.core import imports
 from heliostat.core.artifact import Artifact, Record, find_artifact, records
+from heliostat.core.capacity import Capacity, amount
 from heliostat.core.identity import explain_change, fingerprint
 from heliostat.core.model import Spec
 from heliostat.core.paths import set_path, why_not_a_path
@@ -94,19 +95,17 @@ def plan_pipeline(pipeline: Pipeline, *, force: Sequence[str] = ()) -> Plan:
     return Plan(pipeline, tuple(node for nodes in by_stage.values() for node in nodes), functions)
 
 
-def check_fits(plan: Plan, *, cpus: float, gpus: float, where: str) -> None:
+def check_fits(plan: Plan, capacity: Capacity, *, where: str) -> None:
     """Raises ResourceError for a node that still has to run and needs more than `where` can ever give."""
     for node in plan.nodes:
-        needed_cpus, needed_gpus = node.kind.needs(node.resources)
-        if node.status == "run" and (needed_cpus > cpus or needed_gpus > gpus):
+        cpus, gpus = node.kind.needs(node.resources)
+        workers = max(1, round(cpus / node.resources.cpus_per_worker))
+        if node.status == "run" and capacity.workers(cpus / workers, gpus / workers) < workers:
+            parts = f" ({workers} x {amount(cpus / workers, gpus / workers)})" if len(capacity.nodes) > 1 else ""
             raise ResourceError(
-                f"{node.name}: needs {_amount(needed_cpus, needed_gpus)} at once; {where} has {_amount(cpus, gpus)}. "
+                f"{node.name}: needs {amount(cpus, gpus)} at once{parts}; {where} has {capacity}. "
                 f"Lower stages.{node.stage}.resources, or run on a larger cluster (--address)"
             )
-
-
-def _amount(cpus: float, gpus: float) -> str:
-    return f"{cpus:g} CPUs" + (f" and {gpus:g} GPUs" if gpus else "")
 
 
 def _import_task(task: Task) -> dict[str, Callable[..., Any]]:

@@ -118,6 +118,13 @@ class Resources(Spec):
     keep_checkpoints: Count = 2
     """So many of the newest checkpoints stay, besides the best epoch known to each."""
 
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _part_of_one_or_whole(cls, gpus: float) -> float:
+        if gpus > 1 and not gpus.is_integer():
+            raise ValueError(f"{gpus:g} GPUs: a worker has a part of one GPU, or whole ones")
+        return gpus
+
 
 class Tracking(Spec):
     """Where MLflow keeps its history: by default SQLite under the storage root."""

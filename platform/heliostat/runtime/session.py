@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from heliostat.core.capacity import Capacity
 from heliostat.errors import HeliostatError, SpecError
 from heliostat.runtime.environment import SWITCHES
 
@@ -34,16 +35,16 @@ class Session:
     embedded: bool
     log: Path
 
-    def resources(self) -> dict[str, float]:
-        """What all nodes hold together, busy or not: `CPU`, `GPU`, `memory` (bytes) and custom ones."""
-        import ray
+    def capacity(self) -> Capacity:
+        return cluster_capacity()
 
-        return dict(ray.cluster_resources())
 
-    def can_ever_fit(self, cpus: float, gpus: float = 0) -> bool:
-        """Whether the nodes there are now could hold so much at once if they were idle."""
-        total = self.resources()
-        return cpus <= total.get("CPU", 0) and gpus <= total.get("GPU", 0)
+def cluster_capacity() -> Capacity:
+    """That of the nodes there are now."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return Capacity(tuple((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes))
 
 
 @contextmanager

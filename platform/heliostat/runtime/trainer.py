@@ -174,7 +174,7 @@ def _fit_once(work: TrainWork) -> Any:
             use_gpu=bool(resources.gpus_per_worker),
             resources_per_worker=per_worker,
         ),
-        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker >= 1 else "gloo"),
         run_config=RunConfig(name="train", storage_path=str(work.folder / "ray")),
     )
     try:

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
+from heliostat.core.capacity import amount
 from heliostat.core.space import Space
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
@@ -33,6 +33,7 @@ from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Ledger
 from heliostat.runtime.overlay import data_args
 from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
+from heliostat.runtime.session import cluster_capacity
 from heliostat.runtime.shared_data import DataProvider, shared_data
 from heliostat.runtime.trial_actor import TrialActor, TrialWork
 from heliostat.training.config import TrainConfig
@@ -105,14 +106,12 @@ def concurrent_trials(resources: Resources) -> int:
     The driver of a trial with several workers only waits and holds no CPU. Raises ResourceError when none ever fits.
     """
     cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    slots = sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else 1e9)) for node in nodes)
-    fit = slots // resources.workers_per_trial
+    capacity = cluster_capacity()
+    fit = int(capacity.workers(cpus, gpus)) // resources.workers_per_trial
     if fit == 0:
-        total = ", ".join(f"{sum(node.get(kind, 0) for node in nodes):g} {kind}s" for kind in ("CPU", "GPU"))
         raise ResourceError(
-            f"a trial needs {resources.workers_per_trial} worker(s) of {cpus:g} CPUs and {gpus:g} GPUs each; "
-            f"the cluster has {total} on {len(nodes)} node(s)"
+            f"a trial needs {resources.workers_per_trial} worker(s) of {amount(cpus, gpus)} each; "
+            f"the cluster has {capacity}"
         )
     return min(fit, resources.max_concurrent_trials or fit)
 
