@@ -101,6 +101,14 @@ SEARCH = "stages[0] (search).config.space"
             "stages[0] (search).config.trials: a grid runs each of its 2 points, not 4; leave it out",
         ),
         (
+            {
+                "stages/search/config/algorithm": "grid",
+                "stages/search/config/trials": ...,
+                **space(batch_size={"randint": [1, 10**6]}, model_args__width={"randint": [1, 10**6]}),
+            },
+            f"{SEARCH}: a grid of 999,998,000,001 points is more than config.max_grid, 500; raise that if it is meant",
+        ),
+        (
             {"stages/search/config/folds": 1},
             "stages[0] (search).config.folds: input should be greater than or equal to 2, not 1",
         ),
@@ -126,3 +134,10 @@ def test_a_faulty_search_space_is_refused(refusal, changes, expected):
 def test_every_end_of_a_conditional_space_is_tried_but_not_what_can_never_meet(toy, change):
     options = ["adam", {"value": "sgd", "space": {"optimizer.momentum": {"uniform": [0.0, 0.99]}}}]
     plan(load_pipeline(toy.write(change(toy.document, space(optimizer__name={"choice": options})))))
+
+
+def test_a_large_grid_that_is_meant_is_planned(toy, change):
+    grid = {"stages/search/config/algorithm": "grid", "stages/search/config/trials": ...}
+    large = space(batch_size={"randint": [1, 601]}) | {"stages/search/config/max_grid": 600}
+    planned = plan(load_pipeline(toy.write(change(toy.document, grid | large))))
+    assert planned.node("search").explained["algorithm"] == "grid, every one of 600 points"

@@ -1,5 +1,6 @@
 """`tune`: hyperparameter search through Ray Tune; the artifact is the best parameters and every trial."""
 
+import os
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -49,14 +50,25 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     yield from check_loop(config.train, view, place="config.train", workers=workers)
     yield from _check_folds(config, view)
     if config.exhaustive:
-        try:
-            space.grid()
-        except SpecError as error:
-            yield f"config.space.{error}"
-        if config.trials is not None and space.size() not in (None, config.trials):
-            yield f"config.trials: a grid runs each of its {space.size()} points, not {config.trials}; leave it out"
+        yield from _check_grid(config, space)
     if config.objective is not None:
         yield from check_metric(config.objective.metric, view, place="config.objective.metric")
+
+
+def _check_grid(config: TuneConfig, space: Space) -> Iterator[str]:
+    size = space.size()
+    if size is not None and size > config.max_grid:
+        yield (
+            f"config.space: a grid of {size:,} points is more than config.max_grid, {config.max_grid:,}; raise that "
+            "if it is meant, or sample some of them with another algorithm"
+        )
+        return
+    try:
+        space.grid()
+    except SpecError as error:
+        yield f"config.space.{error}"
+    if config.trials is not None and size not in (None, config.trials):
+        yield f"config.trials: a grid runs each of its {size} points, not {config.trials}; leave it out"
 
 
 def _check_folds(config: TuneConfig, view: ConfigView) -> Iterator[str]:
@@ -100,7 +112,28 @@ def _workload(config: TuneConfig) -> dict[str, int]:
     return {"trials": trials, "epochs": trials * config.train.epochs * (config.folds or 1)}
 
 
-@stage("tune", output="params", place="driver", needs=_needs, workload=_workload, check=_check)
+def _explain(config: TuneConfig, view: ConfigView) -> Mapping[str, str]:
+    algorithm, trials, reason = config.method
+    useless = _why_asha_is_useless(config, view.resources, trials) if config.scheduler else None
+    return {"algorithm": f"{algorithm}, {reason}"} | ({"scheduler": useless} if useless else {})
+
+
+def _why_asha_is_useless(config: TuneConfig, resources: Resources, trials: int) -> str | None:
+    assert config.scheduler is not None
+    asha, epochs = config.scheduler.asha, config.train.epochs
+    at_once = resources.max_concurrent_trials or int((os.cpu_count() or 1) / _needs(resources)[0])
+    if asha.grace_epochs >= epochs:
+        return f"asha saves nothing: no trial stops within {asha.grace_epochs} epochs, and {epochs} are all there are"
+    if trials < asha.reduction_factor:
+        return f"asha has nothing to choose from: it keeps one trial in {asha.reduction_factor} of {trials}"
+    if trials <= at_once:
+        return (
+            f"asha saves little: all {trials} trials run at once, so the first of them have nobody to be compared with"
+        )
+    return None
+
+
+@stage("tune", output="params", place="driver", needs=_needs, workload=_workload, check=_check, explain=_explain)
 def tune(context: StageContext, config: TuneConfig) -> StageResult:
     """Search. Each trial is one training of `config.train` with the parameters of the trial laid over it."""
     from heliostat.runtime.scheduling import AshaSettings

@@ -56,6 +56,8 @@ class TuneConfig(Spec):
     algorithm: Annotated[str, AfterValidator(_known_algorithm)] = "auto"
     trials: Count | None = None
     space: dict[str, Any]
+    max_grid: Count = 500
+    """A `grid` of more points than these is taken for an accident, and refused."""
     objective: ObjectiveConfig | None = None
     scheduler: Annotated[SchedulerConfig | None, BeforeValidator(_to_scheduler)] = None
     folds: Annotated[Integer, Field(ge=2)] | None = None
