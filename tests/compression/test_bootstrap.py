@@ -1,5 +1,6 @@
 import torch
 
+from heliostat.compression import bootstrap
 from heliostat.compression.bootstrap import confidence_interval, told_apart
 
 
@@ -24,6 +25,13 @@ def test_the_same_model_has_the_same_interval_and_draws_that_give_no_number_do_n
         return float("nan") if targets[0] == 0 else 1.0
 
     assert confidence_interval(sometimes, outputs, targets) == (1.0, 1.0)
+
+
+def test_a_metric_that_is_slow_has_no_interval_and_is_not_called_for_long(monkeypatch):
+    monkeypatch.setattr(bootstrap, "LIMIT_S", 0.0)
+    calls = []
+    assert confidence_interval(lambda outputs, targets: calls.append(1) or 1.0, torch.zeros(5), torch.zeros(5)) is None
+    assert len(calls) < bootstrap.RESAMPLES
 
 
 def test_of_two_intervals_apart_the_metrics_direction_says_which_is_better():

@@ -1,5 +1,6 @@
 """How sure a figure is: where it would lie had the split been other samples of the same kind."""
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Literal
 
@@ -9,19 +10,27 @@ from torch import Tensor
 
 RESAMPLES = 200
 CONFIDENCE = 0.95
+LIMIT_S = 2.0
+"""A metric that takes longer for all resamples has no interval: a slow one would take longer than the training."""
 
 
 def confidence_interval(
     metric: Callable[[Tensor, Tensor], float], outputs: Tensor, targets: Tensor
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """The ends of the 95 % interval of `metric(outputs, targets)`, by the percentile bootstrap (Efron 1979).
+
+    None when the metric is too slow for it.
 
     The samples are drawn with replacement, and the same ones for every model: what two intervals differ by is due to
     the models. Draws for which the metric is not a number are left out.
     """
     generator = torch.Generator().manual_seed(0)
-    draws = [torch.randint(len(targets), (len(targets),), generator=generator) for _ in range(RESAMPLES)]
-    figures = [metric(outputs[rows], targets[rows]) for rows in draws]
+    figures, started = [], time.monotonic()
+    for _ in range(RESAMPLES):
+        rows = torch.randint(len(targets), (len(targets),), generator=generator)
+        figures.append(metric(outputs[rows], targets[rows]))
+        if time.monotonic() - started > LIMIT_S:
+            return None
     low, high = np.nanpercentile(figures, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
     return float(low), float(high)
 

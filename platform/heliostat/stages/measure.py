@@ -69,7 +69,8 @@ def input_example(task: Task, params: Mapping[str, Any]) -> "np.ndarray[Any, Any
 def measure_quality(folder: Path, task: Task, params: Mapping[str, Any]) -> dict[str, float]:
     """Loss and metrics on `val`, which choices use, and on `test`, which is only reported; size and arithmetic.
 
-    `val_accuracy_low` and `val_accuracy_high` are the ends of the 95 % interval of `val_accuracy`, and so on.
+    `val_accuracy_low` and `val_accuracy_high` are the ends of the 95 % interval of `val_accuracy`, and so on; a
+    metric that is slow to compute has none.
     """
     from heliostat.compression.formats import load_model
     from heliostat.compression.size import num_nonzero, num_params, size_mb, size_zip_mb
@@ -100,8 +101,8 @@ def _with_intervals(objective: "Objective", split: str, figures: dict[str, float
     def noting(metric: "Metric") -> "Metric":
         def function(outputs: "Tensor", targets: "Tensor") -> float:
             name = f"{split}_{metric.name}"
-            low, high = confidence_interval(metric.function, outputs, targets)
-            figures.update({f"{name}_low": low, f"{name}_high": high})
+            if (interval := confidence_interval(metric.function, outputs, targets)) is not None:
+                figures.update(zip((f"{name}_low", f"{name}_high"), interval))
             return metric.function(outputs, targets)
 
         return replace(metric, function=function)
