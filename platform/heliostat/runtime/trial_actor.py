@@ -219,22 +219,28 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
     """Tune's view of it. `work` is set on a subclass, which travels to the process once for all its trials."""
 
     work: TrialWork
-    _run: TrialRun
+    _trial: dict[str, Any]
+    _run: TrialRun | None = None
 
     def setup(self, config: dict[str, Any]) -> None:
         use_root(self.work.root)
-        self._begin(config)
+        self._trial = config
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._run.stop(wait=True)
-        self._begin(new_config)
+        self._end(wait=True)
+        self._trial = new_config
         return True
 
     def step(self) -> dict[str, Any]:
+        if self._run is None:  # not before: Tune does not retry a trial whose process dies while it is being set up
+            trial = self._trial
+            self._run = TrialRun(self.work, trial["trial"], json.loads(trial["params"]), trial["seed"])
         return self._run.answer()
 
     def cleanup(self) -> None:
-        self._run.stop(wait=False)
+        self._end(wait=False)
 
-    def _begin(self, config: dict[str, Any]) -> None:
-        self._run = TrialRun(self.work, config["trial"], json.loads(config["params"]), config["seed"])
+    def _end(self, *, wait: bool) -> None:
+        if self._run is not None:
+            self._run.stop(wait=wait)
+            self._run = None
