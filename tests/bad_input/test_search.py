@@ -122,6 +122,18 @@ SEARCH = "stages[0] (search).config.space"
             "stages[0] (search).config.folds: task.train_fn reads its data itself",
         ),
         (
+            {"stages/search/config/stop_when": {"val_acuracy": 0.9}},
+            "config.stop_when.val_acuracy: nobody reports 'val_acuracy'; did you mean 'val_accuracy'?",
+        ),
+        (
+            {"stages/search/config/stop_when": {"test_accuracy": 0.9}},
+            "config.stop_when.test_accuracy: 'test_accuracy' is of the test split, which nothing may choose by",
+        ),
+        (
+            {"stages/search/config/wall_time_s": 0},
+            "stages[0] (search).config.wall_time_s: input should be greater than 0, not 0",
+        ),
+        (
             {"stages/search/config/algorithm": "bayes"},
             "stages[0] (search).config.algorithm: unknown algorithm 'bayes'; did you mean 'bayesian'?",
         ),

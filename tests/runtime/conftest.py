@@ -111,13 +111,14 @@ def reporter() -> RecordingReporter:
 @pytest.fixture
 def run(task, root, tmp_path, reporter):
     """A search over the toy's space, with the changes that a test names."""
+    from heliostat.runtime.ledger import Budget
     from heliostat.runtime.trials import search
 
     def run(**changes):
         settings = {
             "space": Space.parse(changes.pop("space", SPACE)),
             "algorithm": "random",
-            "trials": 4,
+            "budget": Budget(changes.pop("trials", 4), changes.pop("wall_time_s", None), changes.pop("target", {})),
             "train": TrainConfig(epochs=2, batch_size=16),
             "objective": ("val_loss", "min"),
             "scheduler": None,

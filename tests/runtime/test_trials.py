@@ -9,6 +9,7 @@ import pytest
 
 from heliostat.core.spec import Resources, Task
 from heliostat.errors import ResourceError, StageError
+from heliostat.runtime.journal import Journal
 from heliostat.runtime.ledger import trial_seed
 from heliostat.runtime.scheduling import AshaSettings
 from heliostat.training.config import TrainConfig
@@ -208,6 +209,37 @@ def test_interrupting_leaves_a_journal_that_the_search_goes_on_from(run, tmp_pat
     assert time.monotonic() - started < 60
     assert [event["id"] for event in events(tmp_path, "ended")] == ["0001"]
     assert [event["id"] for event in events(tmp_path, "suggested")] == ["0001", "0002"]
+
+
+LONG = TrainConfig(epochs=10_000, batch_size=1)
+
+
+def test_a_search_ends_with_the_first_trial_that_reaches_the_target(run, reporter):
+    outcome = run(train=LONG, target={"val_loss": (10.0, "min"), "val_accuracy": (0.0, "max")}, resources=ONE_AT_A_TIME)
+    assert outcome.ended_by == "target"
+    assert [trial.status for trial in outcome.trials] == ["stopped"]
+    assert reporter.ended == {"0001": ("stopped", None)}
+    assert outcome.best.metrics["val_loss"] <= 10.0
+    assert run(train=LONG, target={"val_loss": (10.0, "min")}) == outcome
+
+
+def test_when_its_time_is_over_a_search_ends_with_the_best_so_far(run, reporter, monkeypatch):
+    after_a_row = property(lambda journal: 1e9 if reporter.on_row.is_set() else 0.0)
+    monkeypatch.setattr(Journal, "spent_s", after_a_row)
+    outcome = run(train=LONG, wall_time_s=60, resources=ONE_AT_A_TIME)
+    assert (outcome.ended_by, [trial.status for trial in outcome.trials]) == ("wall time", ["stopped"])
+
+
+def test_time_spent_before_an_interruption_counts(run, tmp_path, reporter):
+    run(trials=2, resources=ONE_AT_A_TIME)
+    path = tmp_path / "journal.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["spent_s"] for line in lines] == sorted(line["spent_s"] for line in lines)
+    lines[-1]["spent_s"] = 100.0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    reporter.started.clear()
+    assert run(trials=4, wall_time_s=100.0).ended_by == "wall time"
+    assert reporter.started == []
 
 
 def test_a_trial_that_never_fits_is_refused(run):

@@ -2,7 +2,8 @@
 
 Each line is one JSON object, written before what it tells of takes effect (a suggestion before its trial runs, an end
 before the next suggestion). A process may die at any byte: what follows the last complete line is cut off when the file
-is opened again. Whoever reads the lines in order through a fresh searcher has that searcher's state.
+is opened again. Each line also says how long the search had been running by then, interruptions left out. Whoever reads
+the lines in order through a fresh searcher has that searcher's state.
 """
 
 import json
@@ -73,18 +74,27 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open(path, "a+b")  # noqa: SIM115 - stays open
+        self._spent_before_s = 0.0
         self.past = self._read()
-        self._synced_at = time.monotonic()
+        self._opened_at = self._synced_at = time.monotonic()
 
     def _read(self) -> list[Event]:
         self._file.seek(0)
         content = self._file.read()
         complete = content.rfind(b"\n") + 1
         self._file.truncate(complete)
-        return [_decode(line) for line in content[:complete].splitlines()]
+        lines = [json.loads(line) for line in content[:complete].splitlines()]
+        if lines:
+            self._spent_before_s = lines[-1].get("spent_s", 0.0)
+        return [_decode(line) for line in lines]
+
+    @property
+    def spent_s(self) -> float:
+        """How long the search has been running, up to each interruption as far as the journal tells."""
+        return self._spent_before_s + time.monotonic() - self._opened_at
 
     def append(self, event: Event) -> None:
-        line = {"event": type(event).__name__.lower(), **vars(event)}
+        line = {"event": type(event).__name__.lower(), **vars(event), "spent_s": round(self.spent_s, 3)}
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
         if time.monotonic() - self._synced_at > SYNC_S:
@@ -99,9 +109,9 @@ class Journal:
         self._file.close()
 
 
-def _decode(line: bytes) -> Event:
-    fields = json.loads(line)
-    kind = _KINDS[fields.pop("event")]
+def _decode(line: dict[str, Any]) -> Event:
+    fields = {name: value for name, value in line.items() if name not in ("event", "spent_s")}
+    kind = _KINDS[line["event"]]
     if kind is Reported:
         fields["rows"] = [(epoch, metrics) for epoch, metrics in fields["rows"]]
     event: Event = kind(**fields)

@@ -9,25 +9,66 @@ import hashlib
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from heliostat.core.stage import Reporter
 from heliostat.errors import StageError
 from heliostat.runtime.engines import Engine, Mode
-from heliostat.runtime.journal import Ended, Event, Journal, Reported, Restarted, Row, Standing, Status, Suggested
+from heliostat.runtime.journal import (
+    Ended,
+    Event,
+    Journal,
+    Reported,
+    Restarted,
+    Row,
+    Standing,
+    Status,
+    Suggested,
+    best_row,
+)
+
+Cause = Literal["trials", "wall time", "target"]
+"""What a search ended by."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What ends a search, whichever comes first. What runs then ends at once, with the epochs that it has."""
+
+    trials: int
+    wall_time_s: float | None = None
+    """Interruptions do not count."""
+    target: Mapping[str, tuple[float, Mode]] = field(default_factory=dict)
+    """Metrics and how good they have to be, all of them in one epoch of one trial."""
+
+    def is_met_by(self, row: Mapping[str, float]) -> bool:
+        return bool(self.target) and all(
+            name in row and (row[name] >= bound if mode == "max" else row[name] <= bound)
+            for name, (bound, mode) in self.target.items()
+        )
 
 
 class Ledger:
     """Used by one thread. `standing` is what the events so far amount to."""
 
     def __init__(
-        self, engine: Engine, journal: Journal, reporter: Reporter, *, trials: int, seed: int, metric: str, mode: Mode
+        self,
+        engine: Engine,
+        journal: Journal,
+        reporter: Reporter,
+        *,
+        budget: Budget,
+        seed: int,
+        metric: str,
+        mode: Mode,
     ) -> None:
         self.standing = Standing()
         self.metric = metric
         self._engine, self._journal, self._reporter = engine, journal, reporter
-        self._trials, self._seed, self._mode = trials, seed, mode
+        self._budget, self._seed, self._mode = budget, seed, mode
+        self._on_target: set[str] = set()
         self._started_at: dict[str, float] = {}
         for event in journal.past:
             self._replay(event)
@@ -46,6 +87,11 @@ class Ledger:
 
     def _apply(self, event: Event) -> None:
         self.standing.apply(event, metric=self.metric, mode=self._mode)
+        match event:
+            case Reported(trial, rows) if any(self._budget.is_met_by(row) for _, row in rows):
+                self._on_target.add(trial)
+            case Restarted(trial) | Ended(trial, "failed"):
+                self._on_target.discard(trial)
 
     def _record(self, event: Event) -> None:
         self._apply(event)
@@ -70,14 +116,22 @@ class Ledger:
     @property
     def left(self) -> int:
         """How many trials are still to be run, those to be run again included."""
-        return self._trials - len(self.standing.ended)
+        return self._budget.trials - len(self.standing.ended)
 
     @property
-    def complete(self) -> bool:
-        return self.left == 0
+    def over(self) -> Cause | None:
+        """What the search has ended by; None while it goes on."""
+        if self._on_target:
+            return "target"
+        if self.left == 0:
+            return "trials"
+        limit = self._budget.wall_time_s
+        return "wall time" if limit is not None and self._journal.spent_s >= limit else None
 
     def next(self) -> dict[str, Any] | None:
         """What a trial actor needs to run the next trial; None when there is none."""
+        if self.over:
+            return None
         if self._again:
             trial = self._again.popleft()
             self._record(Restarted(trial))
@@ -101,9 +155,18 @@ class Ledger:
             self._record(Reported(trial, rows))
 
     def ended(self, trial: str, status: Status, reason: str | None) -> None:
-        self._record(Ended(trial, status, reason, time.monotonic() - self._started_at.pop(trial)))
+        now = time.monotonic()
+        self._record(Ended(trial, status, reason, now - self._started_at.pop(trial, now)))
         self._engine.observe(trial, self._value(trial))
         self._show_progress()
+
+    def end_open(self) -> None:
+        """End the trials that are under way when the search is over."""
+        for trial, record in list(self.standing.open.items()):
+            if best_row(record.history, metric=self.metric, mode=self._mode):
+                self.ended(trial, "stopped", None)
+            else:
+                self.ended(trial, "failed", "the search ended before its first epoch did")
 
     def _show_progress(self) -> None:
         ended = self.standing.ended.values()
@@ -111,7 +174,7 @@ class Ledger:
         values = [trial.metrics[self.metric] for trial in ended if trial.status != "failed"]
         self._reporter.progress(
             done=len(ended),
-            total=self._trials,
+            total=self._budget.trials,
             running=len(self._started_at),
             stopped=states["stopped"],
             failed=states["failed"],

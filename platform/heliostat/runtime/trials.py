@@ -30,7 +30,7 @@ from heliostat.core.stage import Reporter
 from heliostat.errors import ResourceError, StageError
 from heliostat.runtime.engines import Mode, engines
 from heliostat.runtime.journal import Journal, TrialRecord
-from heliostat.runtime.ledger import Ledger
+from heliostat.runtime.ledger import Budget, Cause, Ledger
 from heliostat.runtime.overlay import data_args
 from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
 from heliostat.runtime.session import cluster_capacity
@@ -48,6 +48,7 @@ class SearchOutcome:
     trials: tuple[TrialRecord, ...]
     """Every trial, in the order in which they were suggested."""
     best: TrialRecord
+    ended_by: Cause
 
 
 def search(
@@ -55,7 +56,7 @@ def search(
     *,
     space: Space,
     algorithm: str,
-    trials: int,
+    budget: Budget,
     train: TrainConfig,
     objective: tuple[str, Mode],
     scheduler: AshaSettings | None,
@@ -68,7 +69,7 @@ def search(
     retries: int = 0,
     folds: int | None = None,
 ) -> SearchOutcome:
-    """The best of at most `trials` trainings, each of `train` with parameters from `space` laid over it.
+    """The best of the trainings that the budget allows, each of `train` with parameters from `space` laid over it.
 
     `folder` holds `journal.jsonl`; a search that was cut off goes on from there. With one trial at a time and a seed it
     then makes the suggestions that it would have made uninterrupted. `retries` is how often a trial begins anew after
@@ -78,12 +79,12 @@ def search(
     """
     metric, mode = objective
     concurrent = concurrent_trials(resources)
-    engine = engines()[algorithm].make(space, mode=mode, seed=seed, trials=trials)
+    engine = engines()[algorithm].make(space, mode=mode, seed=seed, trials=budget.trials)
     compared_at = tuple(rungs(scheduler, epochs=train.epochs)) if scheduler else ()
     journal = Journal(folder / "journal.jsonl")
     try:
-        ledger = Ledger(engine, journal, reporter, trials=trials, seed=seed, metric=metric, mode=mode)
-        if not ledger.complete:
+        ledger = Ledger(engine, journal, reporter, budget=budget, seed=seed, metric=metric, mode=mode)
+        if not ledger.over:
             asha = None
             if scheduler:
                 asha = Asha(scheduler, epochs=train.epochs, mode=mode)
@@ -95,9 +96,12 @@ def search(
                 )
                 searcher = _TuneSearcher(ledger, provider, train)
                 _run_interruptibly(searcher, work, asha, concurrent=min(concurrent, ledger.left), cancel=cancel)
+        ended_by = ledger.over or "trials"  # a grid may have fewer points than there were trials to spend
+        ledger.end_open()
     finally:
         journal.close()
-    return _outcome(tuple(sorted(ledger.standing.ended.values(), key=lambda trial: trial.id)), metric=metric, mode=mode)
+    trials = sorted(ledger.standing.ended.values(), key=lambda trial: trial.id)
+    return SearchOutcome(tuple(trials), _best(trials, metric=metric, mode=mode), ended_by)
 
 
 def concurrent_trials(resources: Resources) -> int:
@@ -116,14 +120,13 @@ def concurrent_trials(resources: Resources) -> int:
     return min(fit, resources.max_concurrent_trials or fit)
 
 
-def _outcome(trials: Sequence[TrialRecord], *, metric: str, mode: Mode) -> SearchOutcome:
+def _best(trials: Sequence[TrialRecord], *, metric: str, mode: Mode) -> TrialRecord:
     good = [trial for trial in trials if trial.status != "failed"]
     if not good:
         reasons = Counter(trial.reason or "" for trial in trials).most_common()
         text = "\n\n".join(f"{count} of {len(trials)}: {reason}" for reason, count in reasons[:3])
         raise StageError(f"all {len(trials)} trials failed\n{text}")
-    best = (max if mode == "max" else min)(good, key=lambda trial: trial.metrics[metric])
-    return SearchOutcome(tuple(trials), best)
+    return (max if mode == "max" else min)(good, key=lambda trial: trial.metrics[metric])
 
 
 class _TuneSearcher(Searcher):  # type: ignore[misc]
@@ -185,13 +188,15 @@ def _run_interruptibly(
         except KeyboardInterrupt:
             cancel.set()
         running.result()
-    if cancel.is_set() and not searcher.ledger.complete:
+    if cancel.is_set() and not searcher.ledger.over:
         raise KeyboardInterrupt
 
 
-class _Cancelled(tune.Stopper):  # type: ignore[misc]
-    def __init__(self, cancel: threading.Event) -> None:
-        self._cancel = cancel
+class _Over(tune.Stopper):  # type: ignore[misc]
+    """Stops all trials when the search is cancelled, or over before its last trial has ended."""
+
+    def __init__(self, ledger: Ledger, cancel: threading.Event) -> None:
+        self._ledger, self._cancel = ledger, cancel
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Tune pickles it into a snapshot that nobody reads
@@ -200,7 +205,7 @@ class _Cancelled(tune.Stopper):  # type: ignore[misc]
         return False
 
     def stop_all(self) -> bool:
-        return self._cancel.is_set()
+        return self._cancel.is_set() or self._ledger.over is not None
 
 
 def _run_tune(
@@ -224,7 +229,7 @@ def _run_tune(
             max_failures=work.retries,  # of the trial's process: what the user's code raises is a result
             resources_per_trial=held,
             reuse_actors=True,
-            stop=_Cancelled(cancel),
+            stop=_Over(ledger, cancel),
             callbacks=[_TuneCallback(ledger)],
             storage_path=scratch,
             raise_on_failed_trial=False,

@@ -53,6 +53,8 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
         yield from _check_grid(config, space)
     if config.objective is not None:
         yield from check_metric(config.objective.metric, view, place="config.objective.metric")
+    for metric in config.stop_when:
+        yield from check_metric(metric, view, place=f"config.stop_when.{metric}")
 
 
 def _check_grid(config: TuneConfig, space: Space) -> Iterator[str]:
@@ -136,18 +138,21 @@ def _why_asha_is_useless(config: TuneConfig, resources: Resources, trials: int) 
 @stage("tune", output="params", place="driver", needs=_needs, workload=_workload, check=_check, explain=_explain)
 def tune(context: StageContext, config: TuneConfig) -> StageResult:
     """Search. Each trial is one training of `config.train` with the parameters of the trial laid over it."""
+    from heliostat.runtime.ledger import Budget
     from heliostat.runtime.scheduling import AshaSettings
     from heliostat.runtime.trials import search
 
     algorithm, trials, reason = config.method
-    metric, mode = _objective(config, context.task.metric_modes)
+    modes = context.task.metric_modes
+    metric, mode = _objective(config, modes)
+    target = {name: (bound, _mode(name, modes)) for name, bound in config.stop_when.items()}
     asha = config.scheduler.asha if config.scheduler else None
     assert context.cancel is not None
     outcome = search(
         context.task,
         space=Space.parse(config.space),
         algorithm=algorithm,
-        trials=trials,
+        budget=Budget(trials, config.wall_time_s, target),
         train=config.train,
         objective=(metric, mode),
         scheduler=AshaSettings(asha.grace_epochs, asha.reduction_factor) if asha else None,
@@ -184,6 +189,7 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
             "algorithm": algorithm,
             "why": reason,
             "objective": {"metric": metric, "mode": mode},
+            "ended_by": outcome.ended_by,
             "best_trial": outcome.best.id,
             "trials": {state: states.count(state) for state in ("done", "stopped", "failed")},
         },
@@ -194,4 +200,8 @@ def _objective(config: TuneConfig, modes: Mapping[str, Literal["max", "min"]]) -
     first = next((name for name in modes if name.startswith("val_") and name != "val_loss"), "val_loss")
     metric = config.objective.metric if config.objective else first
     stated = config.objective.mode if config.objective else None
-    return metric, stated or modes.get(metric, "min" if metric.endswith("loss") else "max")
+    return metric, stated or _mode(metric, modes)
+
+
+def _mode(metric: str, modes: Mapping[str, Literal["max", "min"]]) -> Literal["max", "min"]:
+    return modes.get(metric, "min" if metric.endswith("loss") else "max")

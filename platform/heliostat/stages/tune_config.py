@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from heliostat.core.model import Count, Integer, Spec
+from heliostat.core.model import Count, Integer, Number, Positive, Spec
 from heliostat.core.space import Space
 from heliostat.errors import nearest
 from heliostat.training.config import TrainConfig
@@ -51,7 +51,11 @@ def _to_scheduler(value: Any) -> Any:
 
 
 class TuneConfig(Spec):
-    """A search. `grid` needs no `trials`; the other methods run 16 unless told."""
+    """A search. `grid` needs no `trials`; the other methods run 16 unless told.
+
+    It ends before its last trial after `wall_time_s` seconds, interruptions left out, or with the first epoch of a
+    trial in which each metric of `stop_when` is as good as stated. The best so far is its result.
+    """
 
     algorithm: Annotated[str, AfterValidator(_known_algorithm)] = "auto"
     trials: Count | None = None
@@ -63,6 +67,8 @@ class TuneConfig(Spec):
     folds: Annotated[Integer, Field(ge=2)] | None = None
     """Cross-validate: `train` is cut into so many parts, each held out by one of as many trainings of a trial."""
     train: TrainConfig = TrainConfig()
+    wall_time_s: Positive | None = None
+    stop_when: dict[str, Number] = Field(default_factory=dict)
 
     @property
     def searched(self) -> list[str]:
