@@ -87,6 +87,7 @@ def test_a_grid_unfolds_what_an_option_opens():
 def test_the_steps_of_a_range_are_as_one_would_write_them():
     assert [point["a"] for point in parse(a={"quniform": [0.1, 0.75, 0.2]}).grid()] == [0.1, 0.3, 0.5, 0.7]
     assert [point["a"] for point in parse(a={"quniform": [0, 1, 0.1]}).grid()] == [k / 10 for k in range(11)]
+    assert parse(a={"quniform": [0, 1, 1e-15]}).size() == 10**15 + 1  # and none of them is made before it is drawn
 
 
 def test_whole_numbers_on_a_logarithmic_scale_have_each_magnitude_as_often():

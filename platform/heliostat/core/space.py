@@ -19,7 +19,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cached_property
 from typing import Any
 
 from heliostat.errors import SpecError, nearest
@@ -103,11 +102,26 @@ class QUniform:
     def within(self, place: float) -> float:
         return self.values[RandInt(0, len(self.values)).within(place)]
 
-    @cached_property
+    @property
     def values(self) -> Sequence[float]:
-        """As one would write them: decimal arithmetic has 0.1 + 2 * 0.1 be 0.3."""
-        low, high, step = (Decimal(repr(number)) for number in (self.low, self.high, self.step))
-        return [float(low + k * step) for k in range(int((high - low) / step) + 1)]
+        return _Steps(*(Decimal(repr(number)) for number in (self.low, self.high, self.step)))
+
+
+@dataclass(frozen=True)
+class _Steps(Sequence[float]):
+    """Numbers as one would write them, none before it is asked for: decimal arithmetic has 0.1 + 2 * 0.1 be 0.3."""
+
+    low: Decimal
+    high: Decimal
+    step: Decimal
+
+    def __len__(self) -> int:
+        return int((self.high - self.low) / self.step) + 1
+
+    def __getitem__(self, place: Any) -> Any:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return float(self.low + place * self.step)
 
 
 @dataclass(frozen=True)

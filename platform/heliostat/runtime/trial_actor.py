@@ -19,11 +19,11 @@ from typing import Any
 from ray import tune
 
 from heliostat.core.imports import use_root
+from heliostat.core.paths import overlay
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Unheard
 from heliostat.errors import HeliostatError
 from heliostat.runtime.journal import Row
-from heliostat.runtime.overlay import overlay
 from heliostat.runtime.shared_data import SharedData
 from heliostat.runtime.tasks import own_traceback
 from heliostat.training.config import TrainConfig

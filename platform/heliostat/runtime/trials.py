@@ -24,6 +24,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from heliostat.core.capacity import amount
+from heliostat.core.paths import overlay
 from heliostat.core.space import Space
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
@@ -31,7 +32,6 @@ from heliostat.errors import ResourceError, StageError
 from heliostat.runtime.engines import Mode, engines
 from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Budget, Cause, Ledger
-from heliostat.runtime.overlay import data_args
 from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
 from heliostat.runtime.session import cluster_capacity
 from heliostat.runtime.shared_data import DataProvider, shared_data
@@ -129,6 +129,12 @@ def _best(trials: Sequence[TrialRecord], *, metric: str, mode: Mode) -> TrialRec
     return (max if mode == "max" else min)(good, key=lambda trial: trial.metrics[metric])
 
 
+def _data_args(train: TrainConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the data function will be given, whatever else of the parameters makes a train config or does not."""
+    mine = {path: value for path, value in params.items() if path.startswith("data_args.")}
+    return overlay(TrainConfig(data_args=train.data_args), mine).data_args
+
+
 class _TuneSearcher(Searcher):  # type: ignore[misc]
     """Tune asks here for parameters. Outcomes reach the ledger through the callback, which sees how a trial ended."""
 
@@ -139,7 +145,7 @@ class _TuneSearcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         if (trial := self.ledger.next()) and self._provider:
-            self._provider.provide(data_args(self._train, json.loads(trial["params"])))
+            self._provider.provide(_data_args(self._train, json.loads(trial["params"])))
         return trial or Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
