@@ -112,6 +112,7 @@ def reporter() -> RecordingReporter:
 def run(task, root, tmp_path, reporter):
     """A search over the toy's space, with the changes that a test names."""
     from heliostat.runtime.ledger import Budget
+    from heliostat.runtime.shared_data import shared_data
     from heliostat.runtime.trials import search
 
     def run(**changes):
@@ -129,6 +130,10 @@ def run(task, root, tmp_path, reporter):
             "reporter": reporter,
             "cancel": threading.Event(),
         }
-        return search(changes.pop("task", task), **(settings | changes))
+        settings |= changes
+        trained = settings.pop("task", task)
+        shared = shared_data(trained, root=root, seed=settings["seed"], retries=settings.get("retries", 0))
+        with shared as provider:
+            return search(trained, provider=provider, **settings)
 
     return run

@@ -39,6 +39,7 @@ def measure_speed(
     batches: Sequence[int] = (1, 32),
     threads: int = 1,
     min_seconds: float = 0.3,
+    rounds: int = ROUNDS,
 ) -> dict[Name, dict[str, float]]:
     """The speed of each model as metrics, all timed in turns in this process, by default on one thread.
 
@@ -53,10 +54,10 @@ def measure_speed(
     times_ns: dict[int, dict[Name, list[int]]] = {size: {name: [] for name in models} for size in batches}
     with _steady(threads, [model for model, _ in models.values()]):
         runs = {name: _runnable(model, threads) for name, (model, _) in models.items()}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for size, so_far in times_ns.items():
                 turns = {name: (runs[name], _batch(rows, size)) for name, (_, rows) in models.items()}
-                for name, times in _take_turns(turns, min_seconds=min_seconds / ROUNDS).items():
+                for name, times in _take_turns(turns, min_seconds=min_seconds / rounds).items():
                     so_far[name] += times
     return {name: _speed({size: times_ns[size][name] for size in batches}) for name in models}
 
@@ -142,8 +143,8 @@ def peak_memory_mb(load: Callable[[], Runnable], batch: Tensor) -> float | None:
     if not high_water.exists():
         return None
     before = 0
+    gc.collect()
     for _ in range(2):
-        gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed before would be used again, unseen
         high_water.write_text("5")
         before = _memory_kb("VmRSS")

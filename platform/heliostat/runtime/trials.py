@@ -34,7 +34,7 @@ from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Budget, Cause, Ledger
 from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
 from heliostat.runtime.session import cluster_capacity
-from heliostat.runtime.shared_data import DataProvider, shared_data
+from heliostat.runtime.shared_data import DataProvider
 from heliostat.runtime.trial_actor import TrialActor, TrialWork
 from heliostat.training.config import TrainConfig
 
@@ -66,6 +66,7 @@ def search(
     folder: Path,
     reporter: Reporter,
     cancel: threading.Event,
+    provider: DataProvider | None = None,
     retries: int = 0,
     folds: int | None = None,
 ) -> SearchOutcome:
@@ -73,9 +74,10 @@ def search(
 
     `folder` holds `journal.jsonl`; a search that was cut off goes on from there. With one trial at a time and a seed it
     then makes the suggestions that it would have made uninterrupted. `retries` is how often a trial begins anew after
-    its process died; what the user's code raises is that trial's end. With `folds` a trial is cross-validated on parts
-    of `train`, and its figures are means. Raises StageError when no trial succeeds,
-    ResourceError when none can ever fit, and KeyboardInterrupt when `cancel` is set; the journal is intact then.
+    its process died; what the user's code raises is that trial's end. `provider` has the data built once for all;
+    without one each process builds its own. With `folds` a trial is cross-validated on parts of `train`, and its
+    figures are means. Raises StageError when no trial succeeds, ResourceError when none can ever fit,
+    and KeyboardInterrupt when `cancel` is set; the journal is intact then.
     """
     metric, mode = objective
     concurrent = concurrent_trials(resources)
@@ -89,13 +91,10 @@ def search(
             if scheduler:
                 asha = Asha(scheduler, epochs=train.epochs, mode=mode)
                 asha.remember(ledger.standing.ended.values(), rungs=compared_at, metric=metric)
-            with shared_data(task, root=root, seed=seed, retries=retries) as provider:
-                shared = provider.shared if provider else None
-                work = TrialWork(
-                    task, train, folds, seed, metric, compared_at, root, folder, resources, shared, retries
-                )
-                searcher = _TuneSearcher(ledger, provider, train)
-                _run_interruptibly(searcher, work, asha, concurrent=min(concurrent, ledger.left), cancel=cancel)
+            shared = provider.shared if provider else None
+            work = TrialWork(task, train, folds, seed, metric, compared_at, root, folder, resources, shared, retries)
+            searcher = _TuneSearcher(ledger, provider, train)
+            _run_interruptibly(searcher, work, asha, concurrent=min(concurrent, ledger.left), cancel=cancel)
         ended_by = ledger.over or "trials"  # a grid may have fewer points than there were trials to spend
         ledger.end_open()
     finally:

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from heliostat.compression.formats import Model
     from heliostat.training.task import Metric, Objective
 
-SECONDS_PER_BATCH_SIZE = 0.15
+SECONDS_PER_BATCH_SIZE = 0.1
 """Every CPU of a node waits while speed is measured; so many seconds give thousands of runs of a small network."""
-SECONDS_ON_ALL_THREADS = 0.05
-"""For the same on every CPU, where only the typical run is reported."""
+SECONDS_ON_ALL_THREADS = 0.02
+"""For the same on every CPU, in one round: only the typical run is reported."""
 LOADED_AT_ONCE_MB = 2000.0
 """Larger models are measured in several groups, each with the models that its members came from."""
 
@@ -154,7 +154,7 @@ def _measure_group(group: Sequence[Subject], task: Task, session: str) -> dict[P
                 except Exception as error:  # a user's model may raise anything; the others are measured all the same
                     failed[subject.folder] = f"its speed cannot be measured: {type(error).__name__}: {error}"
     figures = measure_speed(ready, min_seconds=SECONDS_PER_BATCH_SIZE)
-    on_all = measure_speed(ready, threads=len(os.sched_getaffinity(0)), min_seconds=SECONDS_ON_ALL_THREADS)
+    on_all = measure_speed(ready, threads=len(os.sched_getaffinity(0)), min_seconds=SECONDS_ON_ALL_THREADS, rounds=1)
     for folder, (_, rows) in ready.items():
         typical = {name: figure for name, figure in on_all[folder].items() if "_p9" not in name}
         figures[folder] |= {f"{name}_all_threads": figure for name, figure in typical.items()}

@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from heliostat.core.artifact import write_json
 from heliostat.core.paths import overlay, why_not_a_path
@@ -26,6 +26,10 @@ from heliostat.errors import SpecError
 from heliostat.stages.checks import check_arguments, check_loop, check_metric, check_searched
 from heliostat.stages.tune_config import TuneConfig
 from heliostat.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from heliostat.runtime.shared_data import DataProvider
+    from heliostat.runtime.trials import SearchOutcome
 
 __all__ = ["TuneConfig", "tune"]
 
@@ -138,33 +142,14 @@ def _why_asha_is_useless(config: TuneConfig, resources: Resources, trials: int) 
 @stage("tune", output="params", place="driver", needs=_needs, workload=_workload, check=_check, explain=_explain)
 def tune(context: StageContext, config: TuneConfig) -> StageResult:
     """Search. Each trial is one training of `config.train` with the parameters of the trial laid over it."""
-    from heliostat.runtime.ledger import Budget
-    from heliostat.runtime.scheduling import AshaSettings
-    from heliostat.runtime.trials import search
+    from heliostat.runtime.shared_data import shared_data
 
-    algorithm, trials, reason = config.method
-    modes = context.task.metric_modes
-    metric, mode = _objective(config, modes)
-    target = {name: (bound, _mode(name, modes)) for name, bound in config.stop_when.items()}
-    asha = config.scheduler.asha if config.scheduler else None
-    assert context.cancel is not None
-    outcome = search(
-        context.task,
-        space=Space.parse(config.space),
-        algorithm=algorithm,
-        budget=Budget(trials, config.wall_time_s, target),
-        train=config.train,
-        objective=(metric, mode),
-        scheduler=AshaSettings(asha.grace_epochs, asha.reduction_factor) if asha else None,
-        seed=context.seed,
-        resources=context.resources,
-        root=context.root,
-        folder=context.folder,
-        reporter=context.reporter,
-        cancel=context.cancel,
-        retries=context.retries,
-        folds=config.folds,
-    )
+    with shared_data(context.task, root=context.root, seed=context.seed, retries=context.retries) as provider:
+        if provider and not any(path.startswith("data_args.") for path in config.searched):
+            provider.provide(config.train.data_args)  # at once: it is built while this process imports Ray Tune
+        outcome = _search(context, config, provider)
+    algorithm, _, reason = config.method
+    metric, mode = _objective(config, context.task.metric_modes)
     states = [trial.status for trial in outcome.trials]
     write_json(
         context.folder / "trials.json",
@@ -193,6 +178,36 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
             "best_trial": outcome.best.id,
             "trials": {state: states.count(state) for state in ("done", "stopped", "failed")},
         },
+    )
+
+
+def _search(context: StageContext, config: TuneConfig, provider: "DataProvider | None") -> "SearchOutcome":
+    from heliostat.runtime.ledger import Budget
+    from heliostat.runtime.scheduling import AshaSettings
+    from heliostat.runtime.trials import search
+
+    algorithm, trials, _ = config.method
+    modes = context.task.metric_modes
+    target = {name: (bound, _mode(name, modes)) for name, bound in config.stop_when.items()}
+    asha = config.scheduler.asha if config.scheduler else None
+    assert context.cancel is not None
+    return search(
+        context.task,
+        space=Space.parse(config.space),
+        algorithm=algorithm,
+        budget=Budget(trials, config.wall_time_s, target),
+        train=config.train,
+        objective=_objective(config, modes),
+        scheduler=AshaSettings(asha.grace_epochs, asha.reduction_factor) if asha else None,
+        seed=context.seed,
+        resources=context.resources,
+        root=context.root,
+        folder=context.folder,
+        reporter=context.reporter,
+        cancel=context.cancel,
+        provider=provider,
+        retries=context.retries,
+        folds=config.folds,
     )
 
 
