@@ -209,15 +209,14 @@ class Execution:
                 node.kind.reference,
                 replace(context, reporter=remote, cancel=None),
                 config,
-                cpus=node.resources.cpus_per_worker,
-                gpus=node.resources.gpus_per_worker,
+                held=node.resources.per_worker,
             )
         return result
 
-    def _task(self, node: Node, *call: Any, **held: Any) -> Any:
+    def _task(self, node: Node, *call: Any, **options: Any) -> Any:
         from heliostat.runtime.tasks import run_task
 
-        return run_task(*call, root=self._plan.pipeline.root, retries=node.retries, cancel=self._cancel, **held)
+        return run_task(*call, root=self._plan.pipeline.root, retries=node.retries, cancel=self._cancel, **options)
 
     # --- measuring speed --------------------------------------------------------------------------
 

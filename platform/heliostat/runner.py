@@ -55,7 +55,7 @@ def run(
 
 def check_fits_here(planned: Plan) -> None:
     """Raises ResourceError for a node that this machine's CPUs can never hold, before any Ray is started to ask."""
-    check_fits(planned, Capacity(((os.cpu_count() or 1, math.inf),)), where="this machine")
+    check_fits(planned, Capacity(({"CPU": os.cpu_count() or 1},), unsaid=math.inf), where="this machine")
 
 
 def _nothing_left(planned: Plan) -> bool:

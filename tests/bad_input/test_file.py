@@ -168,6 +168,22 @@ def test_an_unknown_key_is_refused_at_every_level(refusal, changes, expected):
             "stages[1] (train).resources.gpus_per_worker: 1.5 GPUs: a worker has a part of one GPU, or whole ones",
         ),
         (
+            {"stages/train/resources": {"custom_resources": {"GPU": 1}}},
+            "stages[1] (train).resources.custom_resources: GPU is no custom resource; set gpus_per_worker",
+        ),
+        (
+            {"stages/train/resources": {"custom_resources": {"licence": 1.5}}},
+            "stages[1] (train).resources.custom_resources: 1.5 of licence: Ray gives a part of one, or whole ones",
+        ),
+        (
+            {"stages/train/resources": {"custom_resources": {"memory": 1}}},
+            "stages[1] (train).resources.custom_resources: 'memory' is what Ray says of a node itself",
+        ),
+        (
+            {"stages/train/resources": {"placement": "spred"}},
+            "resources.placement: 'spred' is not one of pack, spread; did you mean 'spread'?",
+        ),
+        (
             {"stages/train/resources": {"workers": 0}},
             "stages[1] (train).resources.workers: input should be greater than or equal to 1, not 0",
         ),

@@ -263,15 +263,15 @@ def test_an_artifact_of_a_node_is_there_only_when_it_is_done(planned):
 def test_only_what_still_has_to_run_must_fit(toy, planned):
     many = "stages.train.resources={workers: 3, cpus_per_worker: 2, gpus_per_worker: 1}"
     with pytest.raises(ResourceError) as caught:
-        check_fits(planned(many), Capacity(((4, 3),)), where="the cluster")
+        check_fits(planned(many), Capacity(({"CPU": 4, "GPU": 3},)), where="the cluster")
     assert str(caught.value).startswith("train: needs 6 CPUs and 3 GPUs at once; the cluster has 4 CPUs and 3 GPUs.")
-    check_fits(planned(many), Capacity(((6, 3),)), where="the cluster")
+    check_fits(planned(many), Capacity(({"CPU": 6, "GPU": 3},)), where="the cluster")
     finish(planned().node("train"))
-    check_fits(planned(many), Capacity(((1, 0),)), where="the cluster")
+    check_fits(planned(many), Capacity(({"CPU": 1},)), where="the cluster")
 
 
 def test_a_worker_must_fit_on_one_node(planned):
     many = planned("stages.search.resources={workers_per_trial: 2, cpus_per_worker: 2, gpus_per_worker: 0.5}")
     with pytest.raises(ResourceError, match=r"2 x 2 CPUs and 0.5 GPUs\); the cluster has 6 CPUs and 2 GPUs on 2 nodes"):
-        check_fits(many, Capacity(((3, 0), (3, 2))), where="the cluster")
-    check_fits(many, Capacity(((3, 1), (3, 1))), where="the cluster")
+        check_fits(many, Capacity(({"CPU": 3}, {"CPU": 3, "GPU": 2})), where="the cluster")
+    check_fits(many, Capacity(({"CPU": 3, "GPU": 1}, {"CPU": 3, "GPU": 1})), where="the cluster")

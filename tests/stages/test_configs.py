@@ -52,7 +52,8 @@ def test_the_work_ahead_is_told_from_the_config_alone():
 )
 def test_what_a_stage_needs_at_once(uses, needs):
     resources = Resources(workers=4, workers_per_trial=3, cpus_per_worker=2, gpus_per_worker=1)
-    assert find_kind(uses).needs(resources) == needs
+    need = find_kind(uses).needs(resources)
+    assert (need.of("CPU"), need.of("GPU")) == needs
 
 
 def test_a_scheduler_may_be_named_by_one_word():

@@ -98,12 +98,11 @@ def plan_pipeline(pipeline: Pipeline, *, force: Sequence[str] = ()) -> Plan:
 def check_fits(plan: Plan, capacity: Capacity, *, where: str) -> None:
     """Raises ResourceError for a node that still has to run and needs more than `where` can ever give."""
     for node in plan.nodes:
-        cpus, gpus = node.kind.needs(node.resources)
-        workers = max(1, round(cpus / node.resources.cpus_per_worker))
-        if node.status == "run" and capacity.workers(cpus / workers, gpus / workers) < workers:
-            parts = f" ({workers} x {amount(cpus / workers, gpus / workers)})" if len(capacity.nodes) > 1 else ""
+        need = node.kind.needs(node.resources)
+        if node.status == "run" and capacity.workers(need.each) < need.workers:
+            parts = f" ({need.workers} x {amount(need.each)})" if len(capacity.nodes) > 1 else ""
             raise ResourceError(
-                f"{node.name}: needs {amount(cpus, gpus)} at once{parts}; {where} has {capacity}. "
+                f"{node.name}: needs {need} at once{parts}; {where} has {capacity}. "
                 f"Lower stages.{node.stage}.resources, or run on a larger cluster (--address)"
             )
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from heliostat.core.capacity import ACCELERATOR, OF_THE_NODE
 from heliostat.core.imports import REFERENCE, reference_to
 from heliostat.core.model import Count, Integer, NonNegative, NonNegativeInt, Positive, Spec
 from heliostat.errors import SpecError
@@ -107,6 +108,10 @@ class Task(Spec):
         return names
 
 
+TOUCH = 0.001
+"""What a worker holds of its node's kind of accelerator: next to nothing, as Ray's own `accelerator_type` does."""
+
+
 class Resources(Spec):
     """How much of the machine a stage may use. Never part of identity."""
 
@@ -114,6 +119,12 @@ class Resources(Spec):
     workers_per_trial: Count = 1
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: NonNegative = 0.0
+    custom_resources: dict[str, Positive] = Field(default_factory=dict)
+    """What else each worker holds, by the names that the cluster's nodes give it."""
+    accelerator_type: str | None = None
+    """The kind of accelerator that a worker's node must have, by Ray's name: `A100`, `T4`."""
+    placement: Literal["pack", "spread"] = "pack"
+    """Workers that train together go to few nodes, or to as many as there are."""
     max_concurrent_trials: Count | None = None
     keep_checkpoints: Count = 2
     """So many of the newest checkpoints stay, besides the best epoch known to each."""
@@ -124,6 +135,27 @@ class Resources(Spec):
         if gpus > 1 and not gpus.is_integer():
             raise ValueError(f"{gpus:g} GPUs: a worker has a part of one GPU, or whole ones")
         return gpus
+
+    @field_validator("custom_resources")
+    @classmethod
+    def _has_no_field_of_its_own(cls, custom: dict[str, float]) -> dict[str, float]:
+        fields = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker"}
+        for name, count in custom.items():
+            if name in fields:
+                raise ValueError(f"{name} is no custom resource; set {fields[name]}")
+            if name.startswith((*OF_THE_NODE, ACCELERATOR)):
+                raise ValueError(f"{name!r} is what Ray says of a node itself, and cannot be held")
+            if count > 1 and not count.is_integer():
+                raise ValueError(f"{count:g} of {name}: Ray gives a part of one, or whole ones")
+        return custom
+
+    @property
+    def per_worker(self) -> dict[str, float]:
+        """What one worker holds of its node, by Ray's names."""
+        held = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker, **self.custom_resources}
+        if self.accelerator_type is not None:
+            held[f"{ACCELERATOR}{self.accelerator_type}"] = TOUCH
+        return {name: count for name, count in held.items() if count}
 
 
 class Tracking(Spec):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_type_hints
 
 from heliostat.core.artifact import Artifact
+from heliostat.core.capacity import Need
 from heliostat.core.imports import reference_to, resolve
 from heliostat.core.model import Spec
 from heliostat.core.spec import Resources, Task
@@ -144,7 +145,7 @@ class StageKind:
     version: int
     place: Place
     """`task`: runs in a Ray worker, side by side with others. `driver`: drives Ray itself, from the driver."""
-    needs: Callable[[Resources], tuple[float, float]]
+    needs: Callable[[Resources], Need]
     """The CPUs and GPUs without which the stage can never run."""
     workload: Callable[[Any], Mapping[str, int]]
     """What `plan` says of the work ahead, such as `{"trials": 16, "epochs": 4}`."""
@@ -173,7 +174,7 @@ def stage(
     output: str,
     version: int = 1,
     place: Place = "task",
-    needs: Callable[[Resources], tuple[float, float]] = lambda r: (r.cpus_per_worker, r.gpus_per_worker),
+    needs: Callable[[Resources], Need] = lambda resources: Need(1, resources.per_worker),
     workload: Callable[[Any], Mapping[str, int]] = lambda config: {},
     check: Check = lambda config, view: (),
     explain: Callable[[Any, ConfigView], Mapping[str, str]] = lambda config, view: {},

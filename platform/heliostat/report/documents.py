@@ -50,7 +50,7 @@ def plan_document(planned: "Plan", *, why_not: str | None) -> dict[str, Any]:
                 "fingerprint": node.fingerprint,
                 "path": str(node.folder),
                 "config": node.config.model_dump(mode="json"),
-                "needs": dict(zip(("cpus", "gpus"), node.kind.needs(node.resources))),
+                "needs": _needs(node),
                 **(workload(node) if node.status == "run" else {}),
                 **({"explained": dict(node.explained)} if node.explained else {}),
                 "estimate_s": node.estimate_s,
@@ -62,6 +62,13 @@ def plan_document(planned: "Plan", *, why_not: str | None) -> dict[str, Any]:
     }
 
 
+def _needs(node: "Node") -> dict[str, float]:
+    """What the node holds at once, by Ray's names but for CPUs and GPUs."""
+    need = node.kind.needs(node.resources)
+    others = {name: need.of(name) for name in need.each if name not in ("CPU", "GPU")}
+    return {"cpus": need.of("CPU"), "gpus": need.of("GPU"), **others}
+
+
 def workload(node: "Node") -> Mapping[str, int]:
     """The trials and epochs that the node has ahead of it, at most."""
     return node.kind.workload(node.config)
@@ -71,7 +78,7 @@ def estimate(planned: "Plan") -> dict[str, Any]:
     """Time and cost of what would run, from how long the same stages took before; None where nothing is known."""
     todo = [node for node in planned.nodes if node.status == "run"]
     known = [(node, node.estimate_s) for node in todo if node.estimate_s is not None]
-    cpu_s = sum(seconds * max(1.0, node.kind.needs(node.resources)[0]) for node, seconds in known)
+    cpu_s = sum(seconds * max(1.0, node.kind.needs(node.resources).of("CPU")) for node, seconds in known)
     complete = len(known) == len(todo)
     return {
         "nodes_to_run": len(todo),

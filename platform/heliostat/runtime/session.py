@@ -43,8 +43,7 @@ def cluster_capacity() -> Capacity:
     """That of the nodes there are now."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return Capacity(tuple((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes))
+    return Capacity.of(node["Resources"] for node in ray.nodes() if node["Alive"])
 
 
 @contextmanager

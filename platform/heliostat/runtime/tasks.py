@@ -30,36 +30,40 @@ from heliostat.errors import HeliostatError, StageError
 
 R = TypeVar("R")
 POLL_S = 0.2
+ONE_CPU: Mapping[str, float] = {"CPU": 1}
 
 
 def run_task(
     function: Callable[..., R],
     *args: Any,
     root: Path,
-    cpus: float = 1,
-    gpus: float = 0,
+    held: Mapping[str, float] = ONE_CPU,
     retries: int = 0,
     exclusive: bool = False,
     cancel: threading.Event | None = None,
 ) -> R:
-    """`function(*args)` in a worker that holds `cpus` CPUs and computes with so many threads.
+    """`function(*args)` in a worker that has `held` of its node to itself, and as many threads as CPUs.
 
     `retries` is how often it runs again after its process died; an exception is never retried. `exclusive` holds every
     CPU of one node, an idle one if there is one, so that nothing else disturbs a measurement; the threads are still
-    `cpus`. Raises KeyboardInterrupt
-    when `cancel` is set, StageError when the function raises or its process dies.
+    those of `held`. Raises KeyboardInterrupt when `cancel` is set, StageError when the function raises or its process
+    dies.
     """
-    held: dict[str, Any] = {"num_cpus": cpus}
+    options: dict[str, Any] = {
+        "num_cpus": held["CPU"],
+        "num_gpus": held.get("GPU", 0),
+        "resources": {name: count for name, count in held.items() if name not in ("CPU", "GPU")},
+    }
     if exclusive:
         free = available_resources_per_node()
         nodes = [node for node in ray.nodes() if node["Alive"]]
         node = max(nodes, key=lambda n: (_is_idle(n, free), n["Resources"].get("CPU", 0)))
-        held = {
+        options |= {
             "num_cpus": node["Resources"].get("CPU", 0),
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         }
-    threads = max(1, int(cpus))
-    task = ray.remote(call_in_worker).options(**held, num_gpus=gpus, max_retries=retries, retry_exceptions=False)
+    threads = max(1, int(held["CPU"]))
+    task = ray.remote(call_in_worker).options(**options, max_retries=retries, retry_exceptions=False)
     reference = task.remote(cloudpickle.dumps((function, args)), root, threads)
     try:
         while True:

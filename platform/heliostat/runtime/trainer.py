@@ -69,8 +69,7 @@ def train_workers(
     with relay(reporter) as remote:
         work = TrainWork(task, config, resources, seed, root, folder, remote, finish, data)
         if resources.workers == 1:
-            cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
-            return run_task(_train_alone, work, root=root, cpus=cpus, gpus=gpus, retries=retries, cancel=cancel)
+            return run_task(_train_alone, work, root=root, held=resources.per_worker, retries=retries, cancel=cancel)
         return _train_together(work, retries=retries, cancel=cancel)
 
 
@@ -163,16 +162,14 @@ def _fit_once(work: TrainWork) -> Any:
             return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
     resources = work.resources
-    per_worker = {"CPU": resources.cpus_per_worker} | (
-        {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
-    )
     trainer = Trainer(
         _worker,
         train_loop_config={"work": work},
         scaling_config=ScalingConfig(
             num_workers=resources.workers,
             use_gpu=bool(resources.gpus_per_worker),
-            resources_per_worker=per_worker,
+            resources_per_worker=resources.per_worker,
+            placement_strategy=resources.placement.upper(),
         ),
         torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker >= 1 else "gloo"),
         run_config=RunConfig(name="train", storage_path=str(work.folder / "ray")),

@@ -108,12 +108,11 @@ def concurrent_trials(resources: Resources) -> int:
 
     The driver of a trial with several workers only waits and holds no CPU. Raises ResourceError when none ever fits.
     """
-    cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
     capacity = cluster_capacity()
-    fit = int(capacity.workers(cpus, gpus)) // resources.workers_per_trial
+    fit = int(capacity.workers(resources.per_worker)) // resources.workers_per_trial
     if fit == 0:
         raise ResourceError(
-            f"a trial needs {resources.workers_per_trial} worker(s) of {amount(cpus, gpus)} each; "
+            f"a trial needs {resources.workers_per_trial} worker(s) of {amount(resources.per_worker)} each; "
             f"the cluster has {capacity}"
         )
     return min(fit, resources.max_concurrent_trials or fit)
@@ -220,10 +219,8 @@ def _run_tune(
     trainable = f"trials-{uuid.uuid4().hex}"
     with _registering:
         tune.register_trainable(trainable, type("Trials", (TrialActor,), {"work": work}))
-    if work.resources.workers_per_trial == 1:
-        held = {"cpu": work.resources.cpus_per_worker, "gpu": work.resources.gpus_per_worker}
-    else:
-        held = {"cpu": 0, "memory": 1}  # it only waits for its workers, but Tune cannot ask Ray for nothing
+    only_waits = {"memory": 1}  # for its workers, but Tune cannot ask Ray for nothing
+    held = work.resources.per_worker if work.resources.workers_per_trial == 1 else only_waits
     with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
         tune.run(
             trainable,
@@ -232,7 +229,7 @@ def _run_tune(
             scheduler=asha,
             num_samples=ledger.left,
             max_failures=work.retries,  # of the trial's process: what the user's code raises is a result
-            resources_per_trial=held,
+            resources_per_trial=tune.PlacementGroupFactory([held]),
             reuse_actors=True,
             stop=_Over(ledger, cancel),
             callbacks=[_TuneCallback(ledger)],

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from heliostat.core.artifact import Artifact
+from heliostat.core.capacity import NOTHING
 from heliostat.core.model import NonNegative, Spec
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.errors import nearest
@@ -48,7 +49,7 @@ def _check(config: SelectConfig, view: ConfigView) -> Iterator[str]:
     inputs={"baseline": "model", "candidates": "model*"},
     output="model",
     place="driver",
-    needs=lambda resources: (0, 0),
+    needs=lambda resources: NOTHING,
     check=_check,
     keeps_metrics=True,
     measured="together",

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from heliostat.core.capacity import Need
 from heliostat.core.paths import overlay
 from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, Unheard, stage
@@ -23,8 +24,8 @@ def _check(config: TrainConfig, view: ConfigView) -> Iterator[str]:
     yield from check_loop(config, view, place="config", workers=view.resources.workers)
 
 
-def _needs(resources: Resources) -> tuple[float, float]:
-    return resources.workers * resources.cpus_per_worker, resources.workers * resources.gpus_per_worker
+def _needs(resources: Resources) -> Need:
+    return Need(resources.workers, resources.per_worker)
 
 
 def _explain(config: TrainConfig, view: ConfigView) -> Mapping[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from heliostat.core.artifact import write_json
+from heliostat.core.capacity import Need
 from heliostat.core.paths import overlay, why_not_a_path
 from heliostat.core.space import (
     Choice,
@@ -108,9 +109,8 @@ def _ends(path: str, dimension: Dimension, rng: random.Random) -> Iterator[Mappi
             yield {path: value}
 
 
-def _needs(resources: Resources) -> tuple[float, float]:
-    workers = resources.workers_per_trial
-    return workers * resources.cpus_per_worker, workers * resources.gpus_per_worker
+def _needs(resources: Resources) -> Need:
+    return Need(resources.workers_per_trial, resources.per_worker)
 
 
 def _workload(config: TuneConfig) -> dict[str, int]:
@@ -127,7 +127,7 @@ def _explain(config: TuneConfig, view: ConfigView) -> Mapping[str, str]:
 def _why_asha_is_useless(config: TuneConfig, resources: Resources, trials: int) -> str | None:
     assert config.scheduler is not None
     asha, epochs = config.scheduler.asha, config.train.epochs
-    at_once = resources.max_concurrent_trials or int((os.cpu_count() or 1) / _needs(resources)[0])
+    at_once = resources.max_concurrent_trials or int((os.cpu_count() or 1) / _needs(resources).of("CPU"))
     if asha.grace_epochs >= epochs:
         return f"asha saves nothing: no trial stops within {asha.grace_epochs} epochs, and {epochs} are all there are"
     if trials < asha.reduction_factor:
