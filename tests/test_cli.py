@@ -165,6 +165,20 @@ def test_show_tells_a_node_by_name_fingerprint_or_folder(store, heliostat, name)
     assert (document["node"], document["metrics"]["val_accuracy"]) == ("train", 0.97456)
 
 
+def test_show_tells_the_front_of_a_search_for_several_objectives(store, heliostat):
+    front = [
+        {"trial": "0003", "val_accuracy": 0.97, "latency_ms": 1.5},
+        {"trial": "0007", "val_accuracy": 0.9, "latency_ms": 0.5},
+    ]
+    (folder := store / "toy" / "search" / "cccc1111dddd2222").mkdir(parents=True)
+    search = Record("params", "toy", "search", "search", "tune", folder.name, identity={}, details={"front": front})
+    write_record(folder, search)
+    said = heliostat("show", "search").stdout
+    assert re.search(r"trial +val_accuracy +latency_ms", said)
+    assert re.search(r"0003 +0\.97 +1\.5", said)
+    assert re.search(r"0007 +0\.9 +0\.5", said)
+
+
 def test_show_of_what_is_not_there_ends_with_2_and_the_nearest_name(store, heliostat):
     done = heliostat("show", "trian")
     assert (done.returncode, done.stdout) == (2, "")

@@ -231,6 +231,10 @@ def show(
     for part in ("metrics", "params", "inputs", "files", "versions"):
         if document[part]:
             console.print(table_of((part, ""), list(document[part].items())))
+    front = document["details"].get("front", ())
+    if len(front) > 1:
+        console.print("front: the trials that no other is better than in every objective", style="bold")
+        console.print(table_of(list(front[0]), [list(trial.values()) for trial in front]))
 
 
 @app.command()

@@ -13,6 +13,10 @@ def space(**dimensions: Any) -> dict[str, Any]:
     return {"stages/search/config/space": {path.replace("__", "."): d for path, d in dimensions.items()}}
 
 
+def objectives(*written: Any) -> dict[str, Any]:
+    return {"stages/search/config/objectives": list(written)}
+
+
 SEARCH = "stages[0] (search).config.space"
 
 
@@ -128,6 +132,23 @@ SEARCH = "stages[0] (search).config.space"
         (
             {"stages/search/config/stop_when": {"test_accuracy": 0.9}},
             "config.stop_when.test_accuracy: 'test_accuracy' is of the test split, which nothing may choose by",
+        ),
+        (
+            objectives({"val_accuracy": "maxx"}),
+            "config.objectives[0].mode: 'maxx' is not one of max, min; did you mean 'max'?",
+        ),
+        (objectives("val_acuracy"), "config.objectives[0].metric: nobody reports 'val_acuracy'; did you mean"),
+        (objectives("val_loss", {"latency": "min"}), "nobody reports 'latency'; did you mean 'latency_ms'?"),
+        (objectives("test_loss"), "config.objectives[0].metric: 'test_loss' is of the test split"),
+        (objectives("val_loss", "val_loss"), "config.objectives[1].metric: 'val_loss' is there twice"),
+        (objectives(), "stages[0] (search).config.objectives: empty; name at least one"),
+        (
+            objectives("val_loss") | {"stages/search/config/objective": {"metric": "val_loss"}},
+            "config.objectives: there is config.objective already; leave one of them out",
+        ),
+        (
+            objectives("val_accuracy", "latency_ms"),
+            "config.algorithm: bayesian takes one objective, not 2; of several take grid, optuna_tpe, random",
         ),
         (
             {"stages/search/config/wall_time_s": 0},

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from heliostat.core.objective import Objectives
 from heliostat.core.space import Space
 from heliostat.core.spec import Resources, Task
 from heliostat.runtime import session
@@ -121,7 +122,7 @@ def run(task, root, tmp_path, reporter):
             "algorithm": "random",
             "budget": Budget(changes.pop("trials", 4), changes.pop("wall_time_s", None), changes.pop("target", {})),
             "train": TrainConfig(epochs=2, batch_size=16),
-            "objective": ("val_loss", "min"),
+            "objectives": Objectives.of({"val_loss": "min"}),
             "scheduler": None,
             "seed": 0,
             "resources": Resources(),

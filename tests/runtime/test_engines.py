@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from heliostat.core.objective import Costs
 from heliostat.core.space import Space
 from heliostat.runtime.engines import engines
 from heliostat.runtime.journal import TrialRecord
@@ -27,23 +28,24 @@ SPACE = Space.parse(
 
 SAMPLING = [name for name, kind in engines().items() if not kind.exhaustive]
 LEARNING = ["bayesian", "optuna_tpe"]
+OBJECTIVES = [(name, number) for name in SAMPLING for number in ([1, 2] if engines()[name].several else [1])]
 
 
 def make_engine(algorithm: str, **settings):
-    return engines()[algorithm].make(settings.pop("space"), **settings)
+    return engines()[algorithm].make(settings.pop("space"), **{"num_objectives": 1} | settings)
 
 
-def value(params: dict) -> float:
-    return params["optimizer.lr"] * params["model_args.width"]
+def costs(params: dict, number: int = 1) -> Costs:
+    return Costs((params["optimizer.lr"] * params["model_args.width"], -params["optimizer.lr"])[:number])
 
 
 @pytest.mark.parametrize("algorithm", SAMPLING)
 def test_parameters_lie_in_the_space_and_options_come_back_as_written(algorithm):
-    engine = make_engine(algorithm, space=SPACE, mode="min", seed=1, trials=30)
+    engine = make_engine(algorithm, space=SPACE, seed=1, trials=30)
     seen = []
     for trial in map(str, range(40)):
         params = engine.suggest(trial)
-        engine.observe(trial, value(params))
+        engine.observe(trial, costs(params))
         assert 1e-4 <= params["optimizer.lr"] <= 1e-1
         assert params["model_args.width"] in range(4, 9)
         assert type(params["model_args.width"]) is int
@@ -55,27 +57,27 @@ def test_parameters_lie_in_the_space_and_options_come_back_as_written(algorithm)
     assert all(option in seen for option in ([8, 8], {"wide": [1]}, None, {}))
 
 
-def past_of(algorithm: str, trials: int) -> list[tuple]:
-    """A search with two trials at a time, of which one fails: what was suggested and what came of it, in order."""
-    engine = make_engine(algorithm, space=SPACE, mode="max", seed=3, trials=trials)
+def past_of(algorithm: str, number: int, trials: int) -> list[tuple]:
+    """What a search with two trials at a time suggested and what came of it, in order. One of its trials fails."""
+    engine = make_engine(algorithm, space=SPACE, num_objectives=number, seed=3, trials=trials)
     past, open_trials = [], []
-    for number in range(trials):
-        trial = str(number)
+    for index in range(trials):
+        trial = str(index)
         open_trials.append((trial, engine.suggest(trial)))
         past.append(("suggested", *open_trials[-1]))
-        if number % 2:
+        if index % 2:
             for ended, params in reversed(open_trials):
-                outcome = None if ended == "5" else value(params)
+                outcome = None if ended == "5" else costs(params, number)
                 engine.observe(ended, outcome)
                 past.append(("ended", ended, outcome))
             open_trials = []
     return past
 
 
-@pytest.mark.parametrize("algorithm", SAMPLING)
-def test_a_fresh_engine_led_through_the_past_suggests_what_the_first_would_have(algorithm):
-    again = make_engine(algorithm, space=SPACE, mode="max", seed=3, trials=24)
-    for event, trial, what in past_of(algorithm, 24):
+@pytest.mark.parametrize(("algorithm", "number"), OBJECTIVES)
+def test_a_fresh_engine_led_through_the_past_suggests_what_the_first_would_have(algorithm, number):
+    again = make_engine(algorithm, space=SPACE, num_objectives=number, seed=3, trials=24)
+    for event, trial, what in past_of(algorithm, number, 24):
         if event == "suggested":
             assert again.suggest(trial) == what
         else:
@@ -89,9 +91,9 @@ import importlib.util, json, sys
 spec = importlib.util.spec_from_file_location("here", {__file__!r})
 here = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(here)
-print(json.dumps([here.past_of(algorithm, 24) for algorithm in here.SAMPLING]))
+print([here.past_of(*case, 24) for case in here.OBJECTIVES])
 """
-    here = json.dumps([past_of(algorithm, 24) for algorithm in SAMPLING])
+    here = repr([past_of(*case, 24) for case in OBJECTIVES])
     environment = os.environ | {"PYTHONHASHSEED": "1234"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == here
@@ -102,11 +104,11 @@ def test_a_search_with_a_model_learns_where_to_look(algorithm):
     space = Space.parse({"x": {"uniform": [-5.0, 5.0]}, "y": {"uniform": [-5.0, 5.0]}})
 
     def late(algorithm: str, seed: int) -> float:
-        engine, found = make_engine(algorithm, space=space, mode="min", seed=seed, trials=40), []
+        engine, found = make_engine(algorithm, space=space, seed=seed, trials=40), []
         for trial in map(str, range(40)):
             point = engine.suggest(trial)
             found.append((point["x"] - 1) ** 2 + (point["y"] + 2) ** 2)
-            engine.observe(trial, found[-1])
+            engine.observe(trial, Costs((found[-1],)))
         return sum(found[20:]) / 20
 
     assert all(late(algorithm, seed) < 0.8 * late("random", seed) for seed in range(3))
@@ -114,7 +116,7 @@ def test_a_search_with_a_model_learns_where_to_look(algorithm):
 
 def test_grid_search_tries_every_point_once_and_ends():
     space = Space.parse({"a": {"grid": [1, 2]}, "b": {"choice": ["x", "y", "z"]}})
-    engine = make_engine("grid", space=space, mode="max", seed=0, trials=99)
+    engine = make_engine("grid", space=space, seed=0, trials=99)
     points = [engine.suggest(str(i)) for i in range(7)]
     assert points[:6] == [{"a": a, "b": b} for a in (1, 2) for b in "xyz"]
     assert points[6] is None
@@ -122,7 +124,7 @@ def test_grid_search_tries_every_point_once_and_ends():
 
 @pytest.mark.parametrize("algorithm", engines())
 def test_a_search_of_constants_alone_suggests_them(algorithm):
-    engine = make_engine(algorithm, space=Space.parse({"a": 1}), mode="max", seed=0, trials=2)
+    engine = make_engine(algorithm, space=Space.parse({"a": 1}), seed=0, trials=2)
     assert engine.suggest("1") == {"a": 1}
 
 

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from heliostat.runtime.journal import Ended, Journal, Reported, Restarted, Standing, Suggested, best_row
+from heliostat.core.objective import Objectives
+from heliostat.runtime.journal import Ended, Journal, Reported, Restarted, Standing, Suggested
 
 
 def write(path: Path, *events) -> None:
@@ -21,7 +22,7 @@ def read(path: Path) -> list:
 def standing(*events) -> Standing:
     state = Standing()
     for event in events:
-        state.apply(event, metric="val_loss", mode="min")
+        state.apply(event, Objectives.of({"val_loss": "min"}))
     return state
 
 
@@ -61,8 +62,3 @@ def test_a_trial_that_begins_anew_forgets_its_rows():
     state = standing(Suggested("0001", {}), Reported("0001", [(1, {"val_loss": 2.0})]), Restarted("0001"))
     assert state.open["0001"].history == []
     assert not state.ended
-
-
-def test_the_earliest_of_equal_epochs_is_the_best():
-    rows = [(1, {"a": 1.0, "epoch": 1}), (2, {"a": 1.0, "epoch": 2})]
-    assert best_row(rows, metric="a", mode="max")["epoch"] == best_row(rows, metric="a", mode="min")["epoch"] == 1

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from heliostat.core.objective import Costs
 from heliostat.core.space import Constant, LogRandInt, LogUniform, Normal, QUniform, RandInt, Space, Uniform
 from heliostat.errors import SpecError
 from heliostat.runtime.engines import engines
@@ -93,12 +94,12 @@ def opened(space: Space, point: dict[str, Any]) -> set[str]:
 @given(document=documents(), seed=st.integers(0, 2**31))
 def test_parameters_lie_within_their_space_and_come_again_from_the_same_past(algorithm, document, seed):
     space = Space.parse(document)
-    one, other = (engines()[algorithm].make(space, mode="max", seed=seed, trials=8) for _ in range(2))
+    one, other = (engines()[algorithm].make(space, num_objectives=1, seed=seed, trials=8) for _ in range(2))
     for trial in map(str, range(8)):
         point = one.suggest(trial)
         assert set(point) == opened(space, point)
         assert same(point, other.suggest(trial))
-        outcome = None if trial == "2" else float(len(json.dumps(point)))
+        outcome = None if trial == "2" else Costs((float(len(json.dumps(point))),))
         one.observe(trial, outcome)
         other.observe(trial, outcome)
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from heliostat.core.objective import Objectives
 from heliostat.core.spec import Resources, Task
 from heliostat.errors import ResourceError, StageError
 from heliostat.runtime.journal import Journal
@@ -70,12 +71,12 @@ def test_a_trial_that_raises_is_a_state_with_its_traceback_and_its_process_goes_
 
 def test_a_trial_whose_objective_is_not_a_number_has_failed(run, with_metric):
     with pytest.raises(StageError, match=r"all 2 trials failed\n2 of 2: val_not_a_number is not a number at epoch 1"):
-        run(task=with_metric("toy:not_a_number"), objective=("val_not_a_number", "max"), trials=2)
+        run(task=with_metric("toy:not_a_number"), objectives=Objectives.of({"val_not_a_number": "max"}), trials=2)
 
 
 def test_an_objective_that_nobody_reports_is_named_with_what_is_reported(run):
     with pytest.raises(StageError, match=r"nothing reports 'val_f1'; what is reported: .*val_accuracy"):
-        run(objective=("val_f1", "max"), trials=1)
+        run(objectives=Objectives.of({"val_f1": "max"}), trials=1)
 
 
 def test_a_trial_whose_process_died_begins_anew_as_often_as_it_may(run, tmp_path, reporter):

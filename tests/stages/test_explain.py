@@ -51,6 +51,11 @@ def explained(toy):
         ({"space": LARGE, "trials": 8}, "random, 8 trials are too few to learn a model of the space from"),
         ({"space": LARGE, "trials": 40}, "bayesian, 40 trials suffice to learn where the space is good"),
         ({"space": LARGE, "algorithm": "optuna_tpe"}, "optuna_tpe, as asked"),
+        (
+            {"space": LARGE, "trials": 40, "objectives": ["val_accuracy", {"latency_ms": "min"}]},
+            "optuna_tpe, 40 trials suffice to learn where the space is good, and unlike bayesian it takes several "
+            "objectives",
+        ),
     ],
 )
 def test_the_plan_shows_which_algorithm_a_search_takes_and_why(explained, config, expected):

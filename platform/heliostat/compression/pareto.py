@@ -1,4 +1,4 @@
-"""Choosing among models: what dominates what, and which one is best within the limits. Pure arithmetic on metrics.
+"""Choosing among models: which one is best within the limits. Pure arithmetic on metrics.
 
 A row is a mapping of metric names to numbers. The quality of a model is limited (`max_drop`), its cost is made small
 (`minimize`). The test split is looked at once: a metric that starts with `test_` is never chosen by.
@@ -7,12 +7,11 @@ A row is a mapping of metric names to numbers. The quality of a model is limited
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from heliostat.core.objective import Mode, Objectives
 from heliostat.errors import SpecError, StageError, nearest
 
 Row = Mapping[str, float]
-Direction = Literal["max", "min"]
 
 ROUNDING = 1e-9
 """0.98 - 0.97 is not quite 0.01: a drop may pass its limit by this much."""
@@ -40,28 +39,13 @@ class Choice:
     verdicts: tuple[Verdict, ...]
 
 
-def dominates(a: Row, b: Row, *, minimize: Sequence[str] = (), maximize: Sequence[str] = ()) -> bool:
-    """Whether `a` is nowhere worse than `b` and somewhere better."""
-    no_worse = all(a[m] <= b[m] for m in minimize) and all(a[m] >= b[m] for m in maximize)
-    return no_worse and (any(a[m] < b[m] for m in minimize) or any(a[m] > b[m] for m in maximize))
-
-
-def pareto_front(rows: Mapping[str, Row], *, minimize: Sequence[str] = (), maximize: Sequence[str] = ()) -> list[str]:
-    """The names of the rows that no other row dominates, in the order given. Equal rows are all on the front."""
-    return [
-        name
-        for name, row in rows.items()
-        if not any(dominates(other, row, minimize=minimize, maximize=maximize) for other in rows.values())
-    ]
-
-
 def choose(
     baseline: tuple[str, Row],
     candidates: Mapping[str, Row],
     *,
     max_drop: Mapping[str, float],
     minimize: Sequence[str],
-    directions: Mapping[str, Direction] | None = None,
+    directions: Mapping[str, Mode] | None = None,
 ) -> Choice:
     """The best model whose quality stays within `max_drop` of the baseline's.
 
@@ -88,15 +72,16 @@ def choose(
 
     faults = {name: _fault(row, max_drop, minimize) for name, row in rows.items()}
     usable = {name: row for name, row in rows.items() if faults[name] is None}
-    better_small = [*minimize, *(m for m in max_drop if (directions or {}).get(m, "max") == "min")]
-    better_large = [m for m in max_drop if m not in better_small]
-    sign = {m: 1 if m in better_large else -1 for m in max_drop}
+    modes: dict[str, Mode] = {metric: (directions or {}).get(metric, "max") for metric in max_drop}
+    costs: dict[str, Mode] = dict.fromkeys(minimize, "min")
+    objectives = Objectives.of(costs | modes)
+    sign = {metric: 1 if mode == "max" else -1 for metric, mode in modes.items()}
     drops = {name: {m: sign[m] * (base[m] - row[m]) for m in max_drop} for name, row in usable.items()}
     scores = {
         name: math.prod(row[m] / base[m] for m in minimize) ** (1 / len(minimize)) for name, row in usable.items()
     }
     within = [name for name in usable if all(drops[name][m] <= limit + ROUNDING for m, limit in max_drop.items())]
-    front = pareto_front(usable, minimize=better_small, maximize=better_large)
+    front = objectives.front(usable)
     ranked = sorted(within, key=lambda name: (scores[name], sum(drops[name].values())))
     chosen = ranked[0]
 
@@ -105,12 +90,12 @@ def choose(
             return fault
         if name not in within:
             over = [m for m, limit in max_drop.items() if drops[name][m] > limit + ROUNDING]
-            verb = {m: "dropped" if m in better_large else "raised" for m in over}
+            verb = {m: "dropped" if modes[m] == "max" else "raised" for m in over}
             return ", ".join(f"{verb[m]} {m} by {drops[name][m]:.4g} > {max_drop[m]:.4g}" for m in over)
         if name == chosen:
             return f"chosen: {_why_chosen(rows[name], base, minimize, only_baseline=name == base_name)}"
         for other in ranked:
-            if dominates(rows[other], rows[name], minimize=better_small, maximize=better_large):
+            if objectives.costs(rows[other]).dominates(objectives.costs(rows[name])):
                 gains = [m for m in (*minimize, *max_drop) if rows[other][m] != rows[name][m]]
                 return f"dominated by {other} (better {', '.join(gains)})"
         return f"score {scores[name]:.3g} vs {scores[chosen]:.3g} of {chosen}"

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from heliostat.core.objective import Objectives
+
 Status = Literal["done", "stopped", "failed"]
 Row = tuple[int, dict[str, float]]
 """An epoch, counted from 1, and its metrics."""
@@ -30,7 +32,7 @@ class TrialRecord:
     params: Mapping[str, Any]
     status: Status
     metrics: Mapping[str, float]
-    """Those of the epoch with the best objective; of a failed trial, what it reported up to then."""
+    """Those of the epoch with the best first objective; of a failed trial, what it reported up to then."""
     epochs: int
     reason: str | None
     seconds: float
@@ -126,7 +128,7 @@ class Standing:
     open: dict[str, TrialRecord] = field(default_factory=dict)
     """Suggested and not ended; the status of these records means nothing."""
 
-    def apply(self, event: Event, *, metric: str, mode: Literal["max", "min"]) -> None:
+    def apply(self, event: Event, objectives: Objectives) -> None:
         match event:
             case Suggested(id, params):
                 self.open[id] = TrialRecord(id, params, "failed", {}, 0, None, 0.0, [])
@@ -142,13 +144,5 @@ class Standing:
                     reason=reason,
                     seconds=seconds,
                     epochs=trial.history[-1][0] if trial.history else 0,
-                    metrics=best_row(trial.history, metric=metric, mode=mode),
+                    metrics=objectives.figures(row for _, row in trial.history),
                 )
-
-
-def best_row(history: Sequence[Row], *, metric: str, mode: Literal["max", "min"]) -> dict[str, float]:
-    """The metrics of the epoch with the best `metric`; the earliest of equals; empty when there is none."""
-    rows = [row for _, row in history if metric in row and row[metric] == row[metric]]
-    if not rows:
-        return {}
-    return max(rows, key=lambda row: row[metric] if mode == "max" else -row[metric])

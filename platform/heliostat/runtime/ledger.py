@@ -13,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from heliostat.core.objective import Mode, Objectives
 from heliostat.core.stage import Reporter
 from heliostat.errors import StageError
-from heliostat.runtime.engines import Engine, Mode
+from heliostat.runtime.engines import Engine
 from heliostat.runtime.journal import (
     Ended,
     Event,
@@ -26,7 +27,6 @@ from heliostat.runtime.journal import (
     Standing,
     Status,
     Suggested,
-    best_row,
 )
 
 Cause = Literal["trials", "wall time", "target"]
@@ -61,14 +61,14 @@ class Ledger:
         *,
         budget: Budget,
         seed: int,
-        metric: str,
-        mode: Mode,
+        objectives: Objectives,
     ) -> None:
         self.standing = Standing()
-        self.metric = metric
         self._engine, self._journal, self._reporter = engine, journal, reporter
-        self._budget, self._seed, self._mode = budget, seed, mode
+        self._budget, self._seed, self._objectives = budget, seed, objectives
         self._on_target: set[str] = set()
+        self._states = Counter[Status]()
+        self._best: str | None = None
         self._started_at: dict[str, float] = {}
         for event in journal.past:
             self._replay(event)
@@ -83,10 +83,21 @@ class Ledger:
                     f"{self._journal.path} is not of this search: trial {event.id} has {event.params}, not {suggested}"
                 )
         elif isinstance(event, Ended):
-            self._engine.observe(event.id, self._value(event.id))
+            self._learn(event.id)
+
+    def _learn(self, trial: str) -> None:
+        """What an ended trial teaches: the engine, and whoever watches."""
+        ended = self.standing.ended
+        self._states[ended[trial].status] += 1
+        if ended[trial].status == "failed":
+            self._engine.observe(trial, None)
+        else:
+            self._engine.observe(trial, self._objectives.costs(ended[trial].metrics))
+            rivals = [self._best, trial] if self._best else [trial]
+            self._best = self._objectives.best({rival: ended[rival].metrics for rival in rivals})
 
     def _apply(self, event: Event) -> None:
-        self.standing.apply(event, metric=self.metric, mode=self._mode)
+        self.standing.apply(event, self._objectives)
         match event:
             case Reported(trial, rows) if any(self._budget.is_met_by(row) for _, row in rows):
                 self._on_target.add(trial)
@@ -108,10 +119,6 @@ class Ledger:
             case Ended(trial, status, reason):
                 record = self.standing.ended[trial]
                 self._reporter.trial_ended(trial, status, metrics=record.metrics, reason=reason)
-
-    def _value(self, trial: str) -> float | None:
-        record = self.standing.ended[trial]
-        return None if record.status == "failed" else record.metrics[self.metric]
 
     @property
     def left(self) -> int:
@@ -155,30 +162,34 @@ class Ledger:
             self._record(Reported(trial, rows))
 
     def ended(self, trial: str, status: Status, reason: str | None) -> None:
+        """A trial came to its end. One that never reported all that it is judged by has failed."""
+        rows = [row for _, row in self.standing.open[trial].history]
+        if status != "failed" and not self._objectives.figures(rows):
+            reported = ", ".join(sorted({metric for row in rows for metric in row}))
+            wanted = " and ".join(self._objectives.metrics)
+            status, reason = "failed", f"no epoch reports {wanted}; what is reported: {reported or 'nothing'}"
         now = time.monotonic()
         self._record(Ended(trial, status, reason, now - self._started_at.pop(trial, now)))
-        self._engine.observe(trial, self._value(trial))
+        self._learn(trial)
         self._show_progress()
 
     def end_open(self) -> None:
         """End the trials that are under way when the search is over."""
         for trial, record in list(self.standing.open.items()):
-            if best_row(record.history, metric=self.metric, mode=self._mode):
+            if record.history:
                 self.ended(trial, "stopped", None)
             else:
                 self.ended(trial, "failed", "the search ended before its first epoch did")
 
     def _show_progress(self) -> None:
-        ended = self.standing.ended.values()
-        states = Counter(trial.status for trial in ended)
-        values = [trial.metrics[self.metric] for trial in ended if trial.status != "failed"]
+        ended, first = self.standing.ended, self._objectives.first.metric
         self._reporter.progress(
             done=len(ended),
             total=self._budget.trials,
             running=len(self._started_at),
-            stopped=states["stopped"],
-            failed=states["failed"],
-            best=(max if self._mode == "max" else min)(values, default=None),
+            stopped=self._states["stopped"],
+            failed=self._states["failed"],
+            best=ended[self._best].metrics[first] if self._best else None,
         )
 
 

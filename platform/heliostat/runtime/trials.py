@@ -24,12 +24,13 @@ from ray.tune.experiment import Trial
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from heliostat.core.capacity import amount
+from heliostat.core.objective import Objectives
 from heliostat.core.paths import overlay
 from heliostat.core.space import Space
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
 from heliostat.errors import ResourceError, StageError
-from heliostat.runtime.engines import Mode, engines
+from heliostat.runtime.engines import engines
 from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Budget, Cause, Ledger
 from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
@@ -48,6 +49,9 @@ class SearchOutcome:
     trials: tuple[TrialRecord, ...]
     """Every trial, in the order in which they were suggested."""
     best: TrialRecord
+    """By the first objective, of equals in that by the next."""
+    front: tuple[TrialRecord, ...]
+    """Those that no other is better than in one objective and as good as in all: the Pareto set, `best` among them."""
     ended_by: Cause
 
 
@@ -58,7 +62,7 @@ def search(
     algorithm: str,
     budget: Budget,
     train: TrainConfig,
-    objective: tuple[str, Mode],
+    objectives: Objectives,
     scheduler: AshaSettings | None,
     seed: int,
     resources: Resources,
@@ -79,13 +83,13 @@ def search(
     figures are means. Raises StageError when no trial succeeds, ResourceError when none can ever fit,
     and KeyboardInterrupt when `cancel` is set; the journal is intact then.
     """
-    metric, mode = objective
+    metric, mode = objectives.first.metric, objectives.first.mode
     concurrent = concurrent_trials(resources)
-    engine = engines()[algorithm].make(space, mode=mode, seed=seed, trials=budget.trials)
+    engine = engines()[algorithm].make(space, num_objectives=len(objectives.ordered), seed=seed, trials=budget.trials)
     compared_at = tuple(rungs(scheduler, epochs=train.epochs)) if scheduler else ()
     journal = Journal(folder / "journal.jsonl")
     try:
-        ledger = Ledger(engine, journal, reporter, budget=budget, seed=seed, metric=metric, mode=mode)
+        ledger = Ledger(engine, journal, reporter, budget=budget, seed=seed, objectives=objectives)
         if not ledger.over:
             asha = None
             if scheduler:
@@ -100,7 +104,8 @@ def search(
     finally:
         journal.close()
     trials = sorted(ledger.standing.ended.values(), key=lambda trial: trial.id)
-    return SearchOutcome(tuple(trials), _best(trials, metric=metric, mode=mode), ended_by)
+    best, front = _choose(trials, objectives)
+    return SearchOutcome(tuple(trials), best, front, ended_by)
 
 
 def concurrent_trials(resources: Resources) -> int:
@@ -118,13 +123,16 @@ def concurrent_trials(resources: Resources) -> int:
     return min(fit, resources.max_concurrent_trials or fit)
 
 
-def _best(trials: Sequence[TrialRecord], *, metric: str, mode: Mode) -> TrialRecord:
-    good = [trial for trial in trials if trial.status != "failed"]
-    if not good:
+def _choose(trials: Sequence[TrialRecord], objectives: Objectives) -> tuple[TrialRecord, tuple[TrialRecord, ...]]:
+    """The best of the trials, and those on the front. Raises StageError when all have failed."""
+    by_id = {trial.id: trial for trial in trials}
+    good = {trial.id: trial.metrics for trial in trials if trial.status != "failed"}
+    best = objectives.best(good)
+    if best is None:
         reasons = Counter(trial.reason or "" for trial in trials).most_common()
         text = "\n\n".join(f"{count} of {len(trials)}: {reason}" for reason, count in reasons[:3])
         raise StageError(f"all {len(trials)} trials failed\n{text}")
-    return (max if mode == "max" else min)(good, key=lambda trial: trial.metrics[metric])
+    return by_id[best], tuple(by_id[trial] for trial in objectives.front(good))
 
 
 def _data_args(train: TrainConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:

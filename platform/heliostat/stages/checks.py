@@ -59,10 +59,10 @@ def check_monitor(config: TrainConfig, view: ConfigView, *, place: str) -> Itera
 
 
 def check_metric(
-    metric: str, view: ConfigView, *, place: str, splits: Sequence[str] = ("train", "val")
+    metric: str, view: ConfigView, *, place: str, splits: Sequence[str] = ("train", "val"), more: Sequence[str] = ()
 ) -> Iterator[str]:
-    """Whether anybody reports the metric, and whether a choice may look at it."""
-    known = [name for name in view.task.metric_modes if name.partition("_")[0] in splits]
+    """Whether anybody reports the metric, which may be one of `more`, and whether a choice may look at it."""
+    known = [*(name for name in view.task.metric_modes if name.partition("_")[0] in splits), *more]
     if metric.startswith("test_"):
         yield f"{place}: {metric!r} is of the test split, which nothing may choose by; use val_{metric[5:]!s}"
     elif metric not in known and view.task.train_fn is None:

@@ -3,10 +3,11 @@
 import os
 import random
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from heliostat.core.artifact import write_json
 from heliostat.core.capacity import Need
+from heliostat.core.objective import Mode, Objective, Objectives
 from heliostat.core.paths import overlay, why_not_a_path
 from heliostat.core.space import (
     Choice,
@@ -25,7 +26,7 @@ from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.errors import SpecError
 from heliostat.stages.checks import check_arguments, check_loop, check_metric, check_searched
-from heliostat.stages.tune_config import TuneConfig
+from heliostat.stages.tune_config import COSTS, ObjectiveConfig, TuneConfig
 from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -56,10 +57,9 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     yield from _check_folds(config, view)
     if config.exhaustive:
         yield from _check_grid(config, space)
-    if config.objective is not None:
-        yield from check_metric(config.objective.metric, view, place="config.objective.metric")
+    yield from _check_objectives(config, view)
     for metric in config.stop_when:
-        yield from check_metric(metric, view, place=f"config.stop_when.{metric}")
+        yield from check_metric(metric, view, place=f"config.stop_when.{metric}", more=COSTS)
 
 
 def _check_grid(config: TuneConfig, space: Space) -> Iterator[str]:
@@ -76,6 +76,22 @@ def _check_grid(config: TuneConfig, space: Space) -> Iterator[str]:
         yield f"config.space.{error}"
     if config.trials is not None and size not in (None, config.trials):
         yield f"config.trials: a grid runs each of its {size} points, not {config.trials}; leave it out"
+
+
+def _check_objectives(config: TuneConfig, view: ConfigView) -> Iterator[str]:
+    from heliostat.runtime.engines import engines
+
+    if config.objective and config.objectives:
+        yield "config.objectives: there is config.objective already; leave one of them out"
+    metrics = [aim.metric for aim in config.aims]
+    for index, metric in enumerate(metrics):
+        place = f"config.objectives[{index}]" if config.objectives else "config.objective"
+        yield from check_metric(metric, view, place=f"{place}.metric", more=COSTS)
+        if metric in metrics[:index]:
+            yield f"{place}.metric: {metric!r} is there twice"
+    if len(metrics) > 1 and config.engine and not config.engine.several:
+        able = ", ".join(sorted(kind.name for kind in engines().values() if kind.several))
+        yield f"config.algorithm: {config.algorithm} takes one objective, not {len(metrics)}; of several take {able}"
 
 
 def _check_folds(config: TuneConfig, view: ConfigView) -> Iterator[str]:
@@ -147,9 +163,9 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
     with shared_data(context.task, root=context.root, seed=context.seed, retries=context.retries) as provider:
         if provider and not any(path.startswith("data_args.") for path in config.searched):
             provider.provide(config.train.data_args)  # at once: it is built while this process imports Ray Tune
-        outcome = _search(context, config, provider)
+        objectives = _objectives(config, context.task.metric_modes)
+        outcome = _search(context, config, objectives, provider)
     algorithm, _, reason = config.method
-    metric, mode = _objective(config, context.task.metric_modes)
     states = [trial.status for trial in outcome.trials]
     write_json(
         context.folder / "trials.json",
@@ -173,15 +189,20 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
         details={
             "algorithm": algorithm,
             "why": reason,
-            "objective": {"metric": metric, "mode": mode},
+            "objectives": [vars(objective) for objective in objectives.ordered],
             "ended_by": outcome.ended_by,
             "best_trial": outcome.best.id,
+            "front": [
+                {"trial": t.id, **{metric: t.metrics[metric] for metric in objectives.metrics}} for t in outcome.front
+            ],
             "trials": {state: states.count(state) for state in ("done", "stopped", "failed")},
         },
     )
 
 
-def _search(context: StageContext, config: TuneConfig, provider: "DataProvider | None") -> "SearchOutcome":
+def _search(
+    context: StageContext, config: TuneConfig, objectives: Objectives, provider: "DataProvider | None"
+) -> "SearchOutcome":
     from heliostat.runtime.ledger import Budget
     from heliostat.runtime.scheduling import AshaSettings
     from heliostat.runtime.trials import search
@@ -197,7 +218,7 @@ def _search(context: StageContext, config: TuneConfig, provider: "DataProvider |
         algorithm=algorithm,
         budget=Budget(trials, config.wall_time_s, target),
         train=config.train,
-        objective=_objective(config, modes),
+        objectives=objectives,
         scheduler=AshaSettings(asha.grace_epochs, asha.reduction_factor) if asha else None,
         seed=context.seed,
         resources=context.resources,
@@ -211,12 +232,12 @@ def _search(context: StageContext, config: TuneConfig, provider: "DataProvider |
     )
 
 
-def _objective(config: TuneConfig, modes: Mapping[str, Literal["max", "min"]]) -> tuple[str, Literal["max", "min"]]:
+def _objectives(config: TuneConfig, modes: Mapping[str, Mode]) -> Objectives:
+    """What is stated, else the first of the task's metrics on validation, else the loss there."""
     first = next((name for name in modes if name.startswith("val_") and name != "val_loss"), "val_loss")
-    metric = config.objective.metric if config.objective else first
-    stated = config.objective.mode if config.objective else None
-    return metric, stated or _mode(metric, modes)
+    aims = config.aims or (ObjectiveConfig(metric=first),)
+    return Objectives(tuple(Objective(aim.metric, aim.mode or _mode(aim.metric, modes)) for aim in aims))
 
 
-def _mode(metric: str, modes: Mapping[str, Literal["max", "min"]]) -> Literal["max", "min"]:
-    return modes.get(metric, "min" if metric.endswith("loss") else "max")
+def _mode(metric: str, modes: Mapping[str, Mode]) -> Mode:
+    return modes.get(metric, "min" if metric.endswith("loss") or metric in COSTS else "max")

@@ -1,6 +1,7 @@
 """What a pipeline file may say of a search, and what its defaults and `auto` come down to."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -9,10 +10,15 @@ from heliostat.core.space import Space
 from heliostat.errors import nearest
 from heliostat.training.config import TrainConfig
 
+if TYPE_CHECKING:
+    from heliostat.runtime.engines import EngineKind
+
 SMALL_SPACE = 64
 """`auto` tries every point of a discrete space up to this size, if the trials suffice."""
 BAYESIAN_FROM = 20
 """`auto` models the objective from this many trials on: TPE draws its first ones at random anyway."""
+COSTS = ("latency_ms", "size_mb", "num_params")
+"""What a trial's model may be measured for, besides the task's own metrics; less is better."""
 
 
 class ObjectiveConfig(Spec):
@@ -20,6 +26,16 @@ class ObjectiveConfig(Spec):
 
     metric: str
     mode: Literal["max", "min"] | None = None
+
+
+def _to_objective(value: Any) -> Any:
+    """`val_accuracy` or `{val_accuracy: max}` as the fields of an objective."""
+    if isinstance(value, str):
+        return {"metric": value}
+    if isinstance(value, Mapping) and len(value) == 1 and "metric" not in value:
+        ((metric, mode),) = value.items()
+        return {"metric": metric, "mode": mode}
+    return value
 
 
 class AshaConfig(Spec):
@@ -63,6 +79,11 @@ class TuneConfig(Spec):
     max_grid: Count = 500
     """A `grid` of more points than these is taken for an accident, and refused."""
     objective: ObjectiveConfig | None = None
+    objectives: (
+        Annotated[tuple[Annotated[ObjectiveConfig, BeforeValidator(_to_objective)], ...], Field(min_length=1)] | None
+    ) = None
+    """Several, as `[{val_accuracy: max}, {latency_ms: min}]`: the record has the Pareto set. The best of it, which goes
+    on to training, is the best in the first; equals in that are told apart by the next. A scheduler sees the first."""
     scheduler: Annotated[SchedulerConfig | None, BeforeValidator(_to_scheduler)] = None
     folds: Annotated[Integer, Field(ge=2)] | None = None
     """Cross-validate: `train` is cut into so many parts, each held out by one of as many trainings of a trial."""
@@ -80,11 +101,21 @@ class TuneConfig(Spec):
         return self.train.code_references
 
     @property
-    def exhaustive(self) -> bool:
-        """Whether the method that is asked for tries each point of the space."""
+    def aims(self) -> tuple[ObjectiveConfig, ...]:
+        """The objectives that are stated, be it one or several."""
+        return self.objectives or ((self.objective,) if self.objective else ())
+
+    @property
+    def engine(self) -> "EngineKind | None":
+        """The engine that is asked for; None for `auto`."""
         from heliostat.runtime.engines import engines
 
-        return self.algorithm in engines() and engines()[self.algorithm].exhaustive
+        return engines().get(self.algorithm)
+
+    @property
+    def exhaustive(self) -> bool:
+        """Whether the method that is asked for tries each point of the space."""
+        return self.engine is not None and self.engine.exhaustive
 
     @property
     def method(self) -> tuple[str, int, str]:
@@ -99,4 +130,7 @@ class TuneConfig(Spec):
             return "grid", size, f"the space has only {size} points"
         if trials < BAYESIAN_FROM:
             return "random", trials, f"{trials} trials are too few to learn a model of the space from"
-        return "bayesian", trials, f"{trials} trials suffice to learn where the space is good"
+        enough = f"{trials} trials suffice to learn where the space is good"
+        if len(self.aims) > 1:
+            return "optuna_tpe", trials, f"{enough}, and unlike bayesian it takes several objectives"
+        return "bayesian", trials, enough

@@ -3,7 +3,7 @@
 A file of this folder declares its engines in `ENGINES` and imports its library only to make one, so that a plan can
 look at every declaration. Nothing else names them: a new file is all that a new engine takes.
 
-An engine is told every suggestion's outcome, in the order in which the outcomes came. It must be a deterministic
+An engine is told the costs of every suggestion, in the order in which the trials ended. It must be a deterministic
 function of its seed and of that sequence: a search resumes by leading a fresh engine through the journal.
 """
 
@@ -12,23 +12,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from heliostat.core.objective import Costs
 from heliostat.core.space import Space
-
-Mode = Literal["max", "min"]
 
 
 class Engine(Protocol):
     def suggest(self, trial: str) -> dict[str, Any] | None:
         """Parameters for a new trial; None when there is nothing left to try."""
 
-    def observe(self, trial: str, value: float | None) -> None:
-        """The trial's objective; None for a failed trial."""
+    def observe(self, trial: str, costs: Costs | None) -> None:
+        """What came of the trial; None for a failed trial."""
 
 
 class MakeEngine(Protocol):
-    def __call__(self, space: Space, *, mode: Mode, seed: int, trials: int) -> Engine: ...
+    def __call__(self, space: Space, *, num_objectives: int, seed: int, trials: int) -> Engine: ...
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,8 @@ class EngineKind:
     make: MakeEngine
     exhaustive: bool = False
     """It tries each point of a discrete space once: the space says how many trials there are."""
+    several: bool = True
+    """It can take several objectives."""
 
 
 @cache

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from heliostat.core.objective import Costs
 from heliostat.core.space import (
     Choice,
     Constant,
@@ -22,22 +23,22 @@ from heliostat.core.space import (
     Space,
     Uniform,
 )
-from heliostat.runtime.engines import Engine, EngineKind, Mode, startup_trials
+from heliostat.runtime.engines import Engine, EngineKind, startup_trials
 from heliostat.runtime.engines.listed import make_random
 
 INDEX = ""
 """Beside the labels, which are never empty, of what an option opens."""
 
 
-def make_bayesian(space: Space, *, mode: Mode, seed: int, trials: int) -> Engine:
+def make_bayesian(space: Space, *, num_objectives: int, seed: int, trials: int) -> Engine:
     """The engine. A space of constants alone leaves HyperOpt nothing to model, so it is sampled."""
     from ray.tune.search.hyperopt import HyperOptSearch
 
     expressions = _to_hyperopt(space, "")
     if not expressions:
-        return make_random(space, mode=mode, seed=seed, trials=trials)
+        return make_random(space, num_objectives=num_objectives, seed=seed, trials=trials)
     search = HyperOptSearch(
-        expressions, metric="value", mode=mode, n_initial_points=startup_trials(trials), random_state_seed=seed
+        expressions, metric="cost", mode="min", n_initial_points=startup_trials(trials), random_state_seed=seed
     )
     return _HyperOpt(space, search)
 
@@ -50,8 +51,9 @@ class _HyperOpt:
         drawn = dict(_flat(self._search.suggest(trial)))
         return self._space.point(lambda label, dimension: drawn[label])
 
-    def observe(self, trial: str, value: float | None) -> None:
-        self._search.on_trial_complete(trial, result=None if value is None else {"value": value}, error=value is None)
+    def observe(self, trial: str, costs: Costs | None) -> None:
+        result = None if costs is None else {"cost": costs.objectives[0]}
+        self._search.on_trial_complete(trial, result=result, error=costs is None)
 
 
 def _to_hyperopt(space: Space, prefix: str) -> dict[str, Any]:
@@ -93,4 +95,4 @@ def _flat(drawn: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield label, value
 
 
-ENGINES = (EngineKind("bayesian", make_bayesian),)
+ENGINES = (EngineKind("bayesian", make_bayesian, several=False),)

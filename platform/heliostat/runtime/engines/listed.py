@@ -4,8 +4,9 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
+from heliostat.core.objective import Costs
 from heliostat.core.space import Space
-from heliostat.runtime.engines import Engine, EngineKind, Mode
+from heliostat.runtime.engines import Engine, EngineKind
 
 
 class Listed:
@@ -17,15 +18,15 @@ class Listed:
     def suggest(self, trial: str) -> dict[str, Any] | None:
         return next(self._points, None)
 
-    def observe(self, trial: str, value: float | None) -> None:
+    def observe(self, trial: str, costs: Costs | None) -> None:
         pass
 
 
-def make_grid(space: Space, *, mode: Mode, seed: int, trials: int) -> Engine:
+def make_grid(space: Space, *, num_objectives: int, seed: int, trials: int) -> Engine:
     return Listed(iter(space.grid()))
 
 
-def make_random(space: Space, *, mode: Mode, seed: int, trials: int) -> Engine:
+def make_random(space: Space, *, num_objectives: int, seed: int, trials: int) -> Engine:
     return Listed(_samples(space, random.Random(seed)))
 
 

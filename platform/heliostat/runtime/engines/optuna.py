@@ -1,6 +1,7 @@
 """`optuna_tpe`: tree-structured Parzen estimators by Optuna, with its defaults (Watanabe, 2023,
-https://arxiv.org/abs/2304.11127).
+https://arxiv.org/abs/2304.11127), and of several objectives (Ozaki et al., 2022, https://doi.org/10.1613/jair.1.13188).
 
+By default it also keeps away from what runs at the moment (`constant_liar`).
 Optuna asks for a dimension's distribution when the point comes to it, so a conditional one is asked for only where it
 exists. An option goes through Optuna as its index, a normally distributed number as its quantile.
 """
@@ -8,6 +9,7 @@ exists. An option goes through Optuna as its index, a normally distributed numbe
 from statistics import NormalDist
 from typing import Any
 
+from heliostat.core.objective import Costs
 from heliostat.core.space import (
     Choice,
     Grid,
@@ -20,18 +22,18 @@ from heliostat.core.space import (
     Uniform,
     Varied,
 )
-from heliostat.runtime.engines import Engine, EngineKind, Mode, startup_trials
+from heliostat.runtime.engines import Engine, EngineKind, startup_trials
 
 TAIL = 1e-9
 """So much of a normal distribution is left out at either end."""
 
 
-def make_tpe(space: Space, *, mode: Mode, seed: int, trials: int) -> Engine:
+def make_tpe(space: Space, *, num_objectives: int, seed: int, trials: int) -> Engine:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(n_startup_trials=startup_trials(trials), seed=seed)
-    study = optuna.create_study(sampler=sampler, direction="maximize" if mode == "max" else "minimize")
+    study = optuna.create_study(sampler=sampler, directions=["minimize"] * num_objectives)
     return _Optuna(space, study)
 
 
@@ -44,10 +46,14 @@ class _Optuna:
         asked = self._asked[trial] = self._study.ask()
         return self._space.point(lambda label, dimension: _draw(asked, label, dimension))
 
-    def observe(self, trial: str, value: float | None) -> None:
+    def observe(self, trial: str, costs: Costs | None) -> None:
         from optuna.trial import TrialState
 
-        self._study.tell(self._asked.pop(trial), value, state=TrialState.FAIL if value is None else TrialState.COMPLETE)
+        asked = self._asked.pop(trial)
+        if costs is None:
+            self._study.tell(asked, state=TrialState.FAIL)
+        else:
+            self._study.tell(asked, costs.objectives)
 
 
 def _draw(asked: Any, label: str, dimension: Varied) -> Any:

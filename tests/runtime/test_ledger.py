@@ -1,0 +1,70 @@
+"""What a search makes of what its trials report, without Ray."""
+
+import pytest
+
+from heliostat.core.objective import Objectives
+from heliostat.core.space import Space
+from heliostat.core.stage import Unheard
+from heliostat.runtime.engines import engines
+from heliostat.runtime.journal import Journal
+from heliostat.runtime.ledger import Budget, Ledger
+
+SPACE = Space.parse({"a": {"uniform": [0.0, 1.0]}})
+TWO = Objectives.of({"gain": "max", "cost": "min"})
+
+
+class Watching(Unheard):
+    def __init__(self):
+        self.seen = {}
+
+    def progress(self, **fields):
+        self.seen = fields
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    """A ledger on the journal of the test's folder: opened again, it goes on."""
+
+    def open_ledger(objectives=TWO, *, algorithm="random", trials=9, reporter=None):
+        engine = engines()[algorithm].make(SPACE, num_objectives=len(objectives.ordered), seed=0, trials=trials)
+        journal = Journal(tmp_path / "journal.jsonl")
+        watcher = reporter or Unheard()
+        return Ledger(engine, journal, watcher, budget=Budget(trials), seed=0, objectives=objectives)
+
+    return open_ledger
+
+
+def run_trial(ledger, *rows, status="done"):
+    trial = ledger.next()["trial"]
+    ledger.rows(trial, list(enumerate(rows, 1)))
+    ledger.ended(trial, status, "its reason" if status == "failed" else None)
+    return ledger.standing.ended[trial]
+
+
+def test_a_trial_that_reports_a_figure_only_at_some_epochs_is_judged_by_those(ledger):
+    trial = run_trial(ledger(), {"gain": 9.0}, {"gain": 2.0, "cost": 1.0}, {"gain": 3.0, "cost": 4.0}, {"gain": 5.0})
+    assert (trial.status, trial.metrics, trial.epochs) == ("done", {"gain": 3.0, "cost": 4.0}, 4)
+
+
+@pytest.mark.parametrize("status", ["done", "stopped"])
+def test_a_trial_none_of_whose_epochs_has_every_figure_has_failed(ledger, status):
+    trial = run_trial(ledger(), {"gain": 9.0}, {"loss": 2.0}, status=status)
+    assert (trial.status, trial.metrics) == ("failed", {})
+    assert trial.reason == "no epoch reports gain and cost; what is reported: gain, loss"
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna_tpe"])
+def test_whoever_watches_sees_the_best_so_far_also_after_an_interruption(ledger, algorithm):
+    watching = Watching()
+    first = ledger(algorithm=algorithm, reporter=watching)
+    run_trial(first, {"gain": 1.0, "cost": 1.0})
+    run_trial(first, {"gain": 3.0, "cost": 3.0})
+    assert watching.seen["best"] == 3.0
+    run_trial(first, {"gain": 9.0}, status="failed")
+    run_trial(first, {"gain": 2.0, "cost": 1.0}, status="stopped")
+    so_far = {"done": 4, "total": 9, "running": 0, "stopped": 1, "failed": 1, "best": 3.0}
+    assert watching.seen == so_far
+
+    again = Watching()
+    ledger(algorithm=algorithm, reporter=again).next()
+    assert again.seen == so_far | {"running": 1}
