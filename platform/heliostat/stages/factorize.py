@@ -1,6 +1,7 @@
 """`factorize`: low-rank layers in place of full ones, then fine-tuning."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field, model_validator
@@ -45,10 +46,12 @@ def factorize(context: StageContext, config: FactorizeConfig) -> StageResult:
     """Factorize the model in the slot `model`, fine-tune it, and keep the ranks as a history that can be replayed."""
     from heliostat.compression import factorize as low_rank
     from heliostat.stages.finetuning import mend
-    from heliostat.stages.models import torch_model
+    from heliostat.stages.models import torch_model, train_config_of, workshop_of
 
     source = context.one("model")
     energy = config.energy if config.rank is None else None
     model, steps, kept = low_rank.factorize(torch_model(source), rank=config.rank, energy=energy, skip=config.skip)
     details = {"factorized": {"ranks": steps[0]["ranks"], "kept": kept}}
-    return mend(context, model, config, source=source, steps=steps, details=details)
+    shop = workshop_of(context, train_config_of(source))
+    thin = mend(shop, model, config, source=source, steps=steps, details=details)
+    return replace(thin, params=source.record.params)

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from heliostat.core.artifact import Artifact
 from heliostat.core.model import Count, NonNegative, NonNegativeInt, Number, Positive, Spec
 from heliostat.core.spec import Task
-from heliostat.core.stage import ConfigView, StageContext, StageResult
+from heliostat.core.stage import ConfigView, StageResult
 from heliostat.errors import StageError
 from heliostat.stages.checks import check_loop
 from heliostat.training.config import OptimizerConfig, SchedulerConfig, TrainConfig
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from heliostat.stages.passes.workshop import Source, Workshop
     from heliostat.training.batches import Batch
     from heliostat.training.task import Data
 
@@ -68,11 +68,11 @@ def check_tuning(config: FineTuning, view: ConfigView) -> Iterator[str]:
 
 
 def mend(
-    context: StageContext,
+    shop: "Workshop",
     model: "nn.Module",
     config: FineTuning,
     *,
-    source: Artifact,
+    source: "Source",
     steps: Sequence[Mapping[str, Any]],
     details: Mapping[str, Any],
     after_step: "Callable[[nn.Module], None] | None" = None,
@@ -82,17 +82,14 @@ def mend(
 
     `earlier` are the rows of a training before the steps. What `after_step` keeps, it keeps in the end too.
     """
-    from heliostat.stages.models import describe, fine_tune, parity, save_trained, torch_model, train_config_of
-    from heliostat.training.task import build_data
+    from heliostat.stages.models import describe, torch_model
 
-    recipe, described = train_config_of(source), describe(source.folder)
-    rows, metrics, found = list(earlier), {}, dict(details)
+    described, rows, metrics, found = describe(source.folder), list(earlier), {}, dict(details)
     if config.finetune_epochs:
-        tuning = config.changed(recipe, epochs=config.finetune_epochs, scheduler=config.scheduler)
-        data = build_data(context.task, recipe.data_args)
-        with taught_by([source], config.distillation, task=context.task, student=model, data=data) as (loss, taught):
-            tuned = fine_tune(
-                context, model, tuning, batch_loss=loss, data=taught, after_step=after_step, earlier=len(rows)
+        tuning = config.changed(shop.recipe, epochs=config.finetune_epochs, scheduler=config.scheduler)
+        with taught_by([source], config.distillation, task=shop.task, student=model, data=shop.data) as (loss, taught):
+            tuned = shop.fine_tune(
+                model, tuning, batch_loss=loss, data=taught, after_step=after_step, earlier=len(rows)
             )
         if after_step is not None:
             after_step(model)  # averaged weights are averages of before and after each step
@@ -100,18 +97,17 @@ def mend(
         rows += tuned.history
     if rows:
         found["history"] = rows
-    history, reference = [*described["history"], *steps], described["reference"]
-    files = save_trained(context, model.eval(), config=recipe, history=history, reference=reference)
+    files = shop.save(model.eval(), history=[*described["history"], *steps], reference=described["reference"])
     found["parity"] = {
-        "reload": parity(context, recipe, model, against="the model before saving"),
-        "source": parity(context, recipe, torch_model(source), against=source.node),
+        "reload": shop.parity(model, against="the model before saving"),
+        "source": shop.parity(torch_model(source), against=source.node),
     }
-    return StageResult(files=files, metrics=metrics, params=source.record.params, details=found)
+    return StageResult(files=files, metrics=metrics, details=found)
 
 
 @contextmanager
 def taught_by(
-    teachers: Sequence[Artifact], settings: SoftTargets | None, *, task: Task, student: "nn.Module", data: "Data"
+    teachers: "Sequence[Source]", settings: SoftTargets | None, *, task: Task, student: "nn.Module", data: "Data"
 ) -> "Iterator[Lesson]":
     """The loss of a batch for a student of these teachers, and the data to train it on; without settings, the task's.
 
@@ -137,7 +133,7 @@ def taught_by(
         return distillation_loss(outputs, soft, batch[1], loss=loss, temperature=temperature, alpha=alpha)
 
     if not settings.features:
-        mean = mean_outputs([load_model(artifact.folder) for artifact in teachers])
+        mean = mean_outputs([load_model(teacher.folder) for teacher in teachers])
 
         def precomputed(batch: "Batch") -> "Tensor":
             soft: Tensor = batch[2] if len(batch) > 2 else mean(batch[0])

@@ -1,31 +1,15 @@
-"""`prune`: cut a trained network down, then train what is left for a few epochs.
-
-Up to two trainings: one that makes the network sparse (a penalty, or a sparsity that rises step by step), whose last
-weights count, and after the cut one that mends it, whose best epoch counts.
-"""
+"""`prune`: cut a trained network down, then train what is left for a few epochs."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 from pydantic import model_validator
 
 from heliostat.core.model import Count, Fraction, NonNegativeInt, Positive, Spec
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
-from heliostat.errors import StageError
 from heliostat.stages.checks import check_trainable
 from heliostat.stages.finetuning import FineTuning, check_tuning
-from heliostat.training.config import SchedulerConfig, TrainConfig
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor, nn
-
-    from heliostat.compression.prune.masks import Masks
-    from heliostat.training.batches import Batch
-
-IMPORTANCE_SAMPLES = 512
-"""So many training samples give the gradients that `taylor` weighs channels and heads by."""
 
 OPTIONS: dict[str, frozenset[str]] = {
     "structured": frozenset({"sparsity", "scope", "importance", "head_sparsity", "penalty"}),
@@ -112,108 +96,9 @@ def _check(config: PruneConfig, view: ConfigView) -> Iterator[str]:
 )
 def prune(context: StageContext, config: PruneConfig) -> StageResult:
     """Prune the model in the slot `model`, fine-tune it, and keep what was cut as a history that can be replayed."""
-    from heliostat.compression.layers import skipped
-    from heliostat.stages.finetuning import mend
-    from heliostat.stages.models import torch_model, train_config_of
+    from heliostat.stages.models import train_config_of, workshop_of
+    from heliostat.stages.passes.prune import prune_model
 
     source = context.one("model")
-    recipe, model = train_config_of(source), torch_model(source)
-    skipped(model, config.skip)  # raises for a pattern that matches nothing, before anything is trained
-    rows = _make_sparse(context, model, config, recipe)
-    model, steps, masks = _cut(context, model, config, recipe)
-    return mend(
-        context,
-        model,
-        config,
-        source=source,
-        steps=steps,
-        after_step=masks.apply if masks else None,
-        earlier=rows,
-        details={"pruned": _described(steps, masks)},
-    )
-
-
-def _make_sparse(
-    context: StageContext, model: "nn.Module", config: PruneConfig, recipe: TrainConfig
-) -> list[dict[str, float]]:
-    """The training before the cut, if there is one, in place; its rows of metrics."""
-    from heliostat.compression.prune.masks import Ramp
-    from heliostat.compression.prune.penalty import group_lasso, l1
-    from heliostat.stages.models import checkpoints_of, example_of, fine_tune
-    from heliostat.training.batches import num_steps
-    from heliostat.training.task import build_data, build_objective
-
-    if config.penalty is not None:
-        strength, loss = config.penalty.strength, build_objective(context.task).loss
-        if config.penalty.name == "l1":
-            penalty = l1(model, skip=config.skip)
-        else:
-            penalty = group_lasso(model, example=example_of(context.task, recipe), skip=config.skip)
-
-        def batch_loss(outputs: "Tensor", batch: "Batch") -> "Tensor":
-            return loss(outputs, batch[1]) + strength * penalty()
-
-        sparse = config.changed(recipe, epochs=config.penalty.epochs, scheduler=SchedulerConfig())
-        return fine_tune(context, model, sparse, batch_loss=batch_loss, phase="sparse", keep="last").history
-    if config.gradual_epochs:
-        sparse = config.changed(recipe, epochs=config.gradual_epochs, scheduler=SchedulerConfig())
-        train = build_data(context.task, recipe.data_args)["train"]
-        steps = sparse.steps_per_epoch or num_steps(train, sparse.batch_size)
-        if steps is None:
-            raise StageError("gradual_epochs: the training data is a stream; train it with steps_per_epoch")
-        ramp = Ramp(config.sparsity, sparse.epochs * steps, scope=config.ranked, skip=config.skip)
-        if (latest := checkpoints_of(context, "sparse").latest()) is not None:
-            ramp.resume(model, latest["model"], step=latest["progress"]["epoch"] * steps)
-        return fine_tune(context, model, sparse, after_step=ramp, phase="sparse", keep="last").history
-    return []
-
-
-def _cut(
-    context: StageContext, model: "nn.Module", config: PruneConfig, recipe: TrainConfig
-) -> "tuple[nn.Module, list[dict[str, Any]], Masks | None]":
-    """The model pruned, the steps that rebuild its shapes, and the masks that keep its zeros."""
-    from heliostat.compression.prune.heads import remove_heads
-    from heliostat.compression.prune.masks import below, magnitude, two_of_four
-    from heliostat.compression.prune.structured import structured
-    from heliostat.stages.models import backward_on, example_of
-
-    threshold = config.penalty.threshold if config.penalty else None
-    if config.method == "semi_structured":
-        return model, [], two_of_four(model, skip=config.skip)
-    if config.method == "magnitude":
-        if threshold is not None:
-            return model, [], below(model, threshold=threshold, skip=config.skip)
-        return model, [], magnitude(model, sparsity=config.sparsity, scope=config.ranked, skip=config.skip)
-    backward: Callable[[nn.Module], None] | None = None
-    if config.importance == "taylor":
-        backward = backward_on(context.task, recipe, count=IMPORTANCE_SAMPLES)
-    steps: list[dict[str, Any]] = []
-    if config.sparsity or threshold is not None:
-        model, steps = structured(
-            model,
-            example=example_of(context.task, recipe),
-            sparsity=None if threshold else config.sparsity,
-            threshold=threshold,
-            importance=config.importance,
-            backward=backward,
-            scope=config.ranked,
-            skip=config.skip,
-        )
-    if config.head_sparsity:
-        model, fewer = remove_heads(model, sparsity=config.head_sparsity, skip=config.skip, backward=backward)
-        steps += fewer
-    return model, steps, None
-
-
-def _described(steps: list[dict[str, Any]], masks: "Masks | None") -> dict[str, Any]:
-    """For the record: what went of which layer, and why other layers were left alone."""
-    if masks is not None:
-        return {"sparsity": masks.sparsity, "layers": masks.sparsities, "kept": dict(masks.kept)}
-    described: dict[str, Any] = {}
-    for step in steps:
-        if step["op"] == "structured":
-            described["channels_removed"] = {name: len(channels) for name, _, channels in step["groups"]}
-            described["kept"] = step["kept"]
-        else:
-            described["heads_left"] = {name: len(heads) for name, heads in step["layers"].items()}
-    return described
+    pruned = prune_model(workshop_of(context, train_config_of(source)), source, config)
+    return replace(pruned, params=source.record.params)

@@ -1,0 +1,145 @@
+"""The pass of `quantize`: through ONNX Runtime by way of an ONNX graph in float, or in torch by torchao."""
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from heliostat.compression.export import save_onnx
+from heliostat.compression.formats import load_model
+from heliostat.compression.quantize.aware import attach, detach
+from heliostat.compression.quantize.eager import quantize_linear
+from heliostat.compression.quantize.post_training import dynamic, layers_of, static, weight_only
+from heliostat.compression.quantize.sensitivity import Drops, Mix, mix_precision
+from heliostat.compression.verdict import has_int8_instructions
+from heliostat.core.stage import StageResult
+from heliostat.stages.finetuning import taught_by
+from heliostat.stages.models import describe, torch_model
+from heliostat.stages.passes.workshop import Source, Workshop
+from heliostat.stages.quantize import QuantizeConfig
+from heliostat.training.evaluation import evaluate
+from heliostat.training.loop import Fit
+from heliostat.training.task import build_objective
+
+CALIBRATION_BATCH_SIZE = 64
+
+
+def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> StageResult:
+    """Quantize the model and compare the outcome with it."""
+    if config.backend == "torchao":
+        return _in_torch(shop, source, config)
+    details: dict[str, Any] = {}
+    metrics: dict[str, float] = {}
+    with TemporaryDirectory() as scratch:
+        onnx = source.folder
+        if config.method == "qat":
+            model, tuned, exact = _aware(shop, source, config)
+            details |= {"history": tuned.history, "best_epoch": tuned.epoch, "not_rounded": exact}
+            metrics, onnx = tuned.metrics, Path(scratch, "aware")
+            save_onnx(model, onnx, example=shop.samples("val", 2))
+        elif describe(source.folder)["format"] != "onnx":
+            onnx = Path(scratch, "float")
+            save_onnx(torch_model(source), onnx, example=shop.samples("val", 2))
+
+        if config.method == "dynamic":
+            files = dynamic(onnx, shop.folder, reduce_range=config.reduce_range, skip=config.skip)
+        elif config.method == "weight_only":
+            files = weight_only(onnx, shop.folder, bits=config.bits, group_size=config.group_size, skip=config.skip)
+        else:
+            files, found = _calibrated(shop, onnx, config)
+            details |= found
+    details |= {
+        "quantization": describe(shop.folder)["quantization"],
+        "parity": {"source": shop.parity(load_model(source.folder), against=source.node)},
+    }
+    return StageResult(files=files, metrics=metrics, details=details)
+
+
+def _calibrated(shop: Workshop, onnx: Path, config: QuantizeConfig) -> tuple[list[str], dict[str, Any]]:
+    """Static int8; the files, and what was found out about the layers where some may stay in float."""
+    calibration = _equal_batches(shop.samples(config.calibration_split, config.calibration_samples))
+
+    def run_static(target: Path, left_in_float: Sequence[str]) -> list[str]:
+        return static(
+            onnx,
+            target,
+            calibration=calibration,
+            per_channel=config.per_channel,
+            method=config.calibration,
+            reduce_range=config.reduce_range,
+            skip=[*config.skip, *left_in_float],
+        )
+
+    if not config.max_drop:
+        return run_static(shop.folder, ()), {}
+    mix = _mix(shop, onnx, config, run_static)
+    found = {"left_in_float": list(mix.left_in_float), "drops": mix.drops, "alone_in_int8": mix.alone}
+    return run_static(shop.folder, mix.left_in_float), {"sensitivity": found}
+
+
+def _equal_batches(rows: Tensor) -> Sequence[Tensor]:
+    """All rows but for a few at the end: ONNX Runtime's histograms take batches of one size."""
+    size = len(rows) // -(-len(rows) // CALIBRATION_BATCH_SIZE)
+    return [batch for batch in torch.split(rows, size) if len(batch) == size]
+
+
+def _mix(shop: Workshop, onnx: Path, config: QuantizeConfig, run_static: Any) -> Mix:
+    """Which layers have to stay in float for validation to drop by no more than `max_drop`."""
+    objective = build_objective(shop.task)
+
+    def quality(folder: Path) -> dict[str, float]:
+        return evaluate(load_model(folder), shop.data["val"], objective, split="val")
+
+    before = quality(onnx)
+
+    def drops_with(left_in_float: Sequence[str]) -> Drops:
+        with TemporaryDirectory() as folder:
+            run_static(Path(folder), left_in_float)
+            after = quality(Path(folder))
+        signs = {metric: 1 if objective.mode(metric) == "max" else -1 for metric in config.max_drop}
+        return {metric: sign * (before[metric] - after[metric]) for metric, sign in signs.items()}
+
+    layers = [name for name in layers_of(onnx) if not any(fnmatchcase(name, pattern) for pattern in config.skip)]
+    return mix_precision(layers, drops_with, max_drop=config.max_drop)
+
+
+def _aware(shop: Workshop, source: Source, config: QuantizeConfig) -> tuple[nn.Module, Fit, dict[str, str]]:
+    """The source trained on with rounding, how that went, and the layers that were not rounded, with the reason."""
+    model = torch_model(source)
+    exact = attach(model, per_channel=config.per_channel, reduce_range=config.reduce_range)
+    tuning = config.changed(shop.recipe, epochs=config.finetune_epochs, scheduler=config.scheduler)
+    with taught_by([source], config.distillation, task=shop.task, student=model, data=shop.data) as (loss, taught):
+        tuned = shop.fine_tune(model, tuning, batch_loss=loss, data=taught)
+    detach(model)
+    return model.eval(), tuned, exact
+
+
+def _in_torch(shop: Workshop, source: Source, config: QuantizeConfig) -> StageResult:
+    assert config.method in ("dynamic", "weight_only")
+    described, model = describe(source.folder), torch_model(source)
+    small, steps = quantize_linear(model, scheme=config.method, skip=config.skip)
+    layers = steps[0]["layers"]
+    quantization = {
+        "backend": "torchao",
+        "method": config.method,
+        "bits": 8,
+        "int8_ops": {"Linear": len(layers)},
+        "float_ops": {},
+        "int8_instructions": has_int8_instructions(),
+    }
+    files = shop.save(
+        small,
+        history=[*described["history"], *steps],
+        reference=described["reference"],
+        macs=described["macs"],
+        quantization=quantization,
+    )
+    compared = {
+        "reload": shop.parity(small, against="the model before saving"),
+        "source": shop.parity(model, against=source.node),
+    }
+    return StageResult(files=files, details={"quantization": quantization, "parity": compared})

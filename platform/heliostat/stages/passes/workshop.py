@@ -1,0 +1,157 @@
+"""What every pass works with: a task, its data, and the ways to train a model on, to save it and to compare it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from heliostat.compression.formats import load_model, save_torch
+from heliostat.compression.measure import compare_outputs
+from heliostat.core.imports import own_sources
+from heliostat.core.spec import Task
+from heliostat.training.batches import Batch, epoch_batches
+from heliostat.training.checkpoints import Checkpoints
+from heliostat.training.config import StrategyConfig, TrainConfig
+from heliostat.training.loop import Fit, fit
+from heliostat.training.seeding import seed_everything
+from heliostat.training.task import Data, build_objective
+from heliostat.training.world import World
+
+PARITY_SAMPLES = 256
+BATCH = 64
+
+
+class Source(Protocol):
+    """A model that goes into a pass: an artifact, or what another pass made."""
+
+    @property
+    def node(self) -> str:
+        """What it is called."""
+
+    @property
+    def folder(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where one model is made. `folder` is what comes out; a training that was cut off left its checkpoints there."""
+
+    task: Task
+    recipe: TrainConfig
+    """How the model was trained."""
+    data: Data
+    seed: int
+    root: Path
+    """The folder of the user's modules."""
+    folder: Path
+    on_epoch: Callable[[int, Mapping[str, float]], None]
+    """Told of each epoch of fine-tuning, counted from 1 over all trainings of a pass."""
+
+    def samples(self, split: str, count: int) -> Tensor:
+        """The inputs of the first `count` samples of a split, as one batch."""
+        return first_inputs(self.data, split=split, count=count)
+
+    @property
+    def example(self) -> Tensor:
+        """A batch of one real sample: what a model is traced with."""
+        return self.samples("val", 1)
+
+    def checkpoints(self, phase: str) -> Checkpoints:
+        """Where a training keeps its checkpoints: the last one in the folder itself, an earlier phase below."""
+        return Checkpoints(self.folder / "checkpoints" / phase)
+
+    def fine_tune(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        *,
+        batch_loss: Callable[[Tensor, Batch], Tensor] | None = None,
+        after_step: Callable[[nn.Module], None] | None = None,
+        data: Data | None = None,
+        phase: str = "",
+        keep: Literal["best", "last"] = "best",
+        earlier: int = 0,
+    ) -> Fit:
+        """Train `model` in place with the one loop, going on from the workshop's own checkpoints after a crash.
+
+        It is one worker that does, whatever strategy the model was first trained with.
+        A pass that trains more than once names each `phase` but the last, and says how many `earlier` epochs it
+        reported. The model ends with the weights of the best epoch, or the last.
+        """
+        seed_everything(self.seed)
+        fitted = fit(
+            model,
+            data or self.data,
+            config.model_copy(update={"strategy": StrategyConfig(name="single")}),
+            objective=build_objective(self.task),
+            seed=self.seed,
+            on_epoch=lambda epoch, row: self.on_epoch(earlier + epoch, row),
+            checkpoints=self.checkpoints(phase),
+            batch_loss=batch_loss,
+            after_step=after_step,
+        )
+        if keep == "best":
+            model.load_state_dict(fitted.state)
+        return fitted
+
+    def save(
+        self,
+        model: nn.Module,
+        *,
+        history: Sequence[Mapping[str, Any]] = (),
+        reference: str | None = None,
+        **more: Any,
+    ) -> list[str]:
+        """Write a torch model artifact with the user's own source beside the weights; the names of its files.
+
+        `more` goes to `formats.save_torch`.
+        """
+        reference = reference or self.task.model
+        return save_torch(
+            model,
+            self.folder,
+            reference=reference,
+            model_args=self.recipe.model_args,
+            history=history,
+            code=own_sources([reference], self.root),
+            example=self.example,
+            **more,
+        )
+
+    def parity(self, source: Any, *, against: str) -> dict[str, Any]:
+        """How far what is in the folder, loaded again, is from `source` on real samples of the validation split."""
+        inputs = self.samples("val", PARITY_SAMPLES)
+        return {"against": against, **compare_outputs(load_model(self.folder), source, inputs)}
+
+    def backward_on(self, count: int) -> Callable[[nn.Module], None]:
+        """A function that adds to a model's parameters the gradients of the loss over so many training samples."""
+        loss, steps = build_objective(self.task).loss, -(-count // BATCH)
+
+        def backward(model: nn.Module) -> None:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            for _, batch in epoch_batches(
+                self.data["train"],
+                batch_size=BATCH,
+                seed=0,
+                epoch=1,
+                world=World(),
+                device=torch.device("cpu"),
+                max_steps=steps,
+            ):
+                loss(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+
+        return backward
+
+
+def first_inputs(data: Data, *, split: str, count: int) -> Tensor:
+    """The inputs of the first `count` samples of a split, as one batch."""
+    dataset: Any = data[split]
+    is_stream = isinstance(dataset, IterableDataset)
+    rows = islice(dataset, count) if is_stream else (dataset[i] for i in range(min(count, len(dataset))))
+    return torch.stack([torch.as_tensor(row[0]) for row in rows])
