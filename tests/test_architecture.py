@@ -17,7 +17,7 @@ LEVELS = [
     {"runtime"},
     {"stages", "report"},
     {"history"},
-    {"execution"},
+    {"execution", "rerun"},
     {"runner"},
     {"cli"},
 ]

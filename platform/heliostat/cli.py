@@ -6,7 +6,7 @@ Heavy modules are imported by the command that needs them, so that `--help` answ
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -78,9 +78,16 @@ def run(
     settings: Settings = None,
     address: Annotated[str | None, typer.Option(metavar="A", help="A running Ray: auto, host:port, ray://…")] = None,
     force: Force = None,
+    trial: Annotated[
+        str | None,
+        typer.Option(metavar="[NODE/]ID", help="Only run this trial of a search again, and show what differs."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a pipeline: what is done is reused, what was interrupted goes on."""
+    if trial is not None:
+        _run_trial(file, trial, settings=settings or (), address=address, force=force or (), as_json=as_json)
+        return
     from heliostat import runner
     from heliostat.report.documents import run_document
     from heliostat.report.live import LiveView, PlainView
@@ -96,6 +103,25 @@ def run(
     else:
         _show_result(result, file, pipeline.task.metrics[0].name if pipeline.task.metrics else None)
     raise typer.Exit({"done": 0, "failed": 1, "interrupted": INTERRUPTED}[result.status])
+
+
+def _run_trial(
+    file: Path, trial: str, *, settings: Sequence[str], address: str | None, force: Sequence[str], as_json: bool
+) -> None:
+    from heliostat.core.load import load_pipeline
+    from heliostat.errors import SpecError
+    from heliostat.report.documents import rerun_document
+    from heliostat.report.text import rerun_table
+    from heliostat.rerun import run_trial
+
+    if force:
+        raise SpecError("--force: a trial that is run again changes nothing of what is done; leave it out")
+    with _only_the_answer_on_stdout(as_json):
+        rerun = run_trial(load_pipeline(file, settings=settings), trial, address=address)
+    if as_json:
+        _print_json(rerun_document(rerun))
+    else:
+        _console().print(rerun_table(rerun))
 
 
 def _show_result(result: "RunResult", file: Path, metric: str | None) -> None:

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from heliostat.core.artifact import Record
     from heliostat.core.outcome import RunResult
     from heliostat.core.plan import Node, Plan
+    from heliostat.runtime.journal import TrialRecord
+    from heliostat.runtime.one_trial import Rerun
 
 
 def run_document(result: "RunResult") -> dict[str, Any]:
@@ -92,3 +94,21 @@ def estimate(planned: "Plan") -> dict[str, Any]:
 def record_document(record: "Record", path: str) -> dict[str, Any]:
     """What `heliostat show --json` prints of a node."""
     return {"path": path, **asdict(record)}
+
+
+def rerun_document(rerun: "Rerun") -> dict[str, Any]:
+    """What `heliostat run --trial --json` prints."""
+
+    def ended(trial: "TrialRecord") -> dict[str, Any]:
+        return {"status": trial.status, "epochs": trial.epochs, "reason": trial.reason, "metrics": dict(trial.metrics)}
+
+    return {
+        "node": rerun.node,
+        "trial": rerun.then.id,
+        "params": dict(rerun.then.params),
+        "then": ended(rerun.then),
+        "now": ended(rerun.now),
+        "metrics": [dict(zip(("metric", "then", "now", "difference"), row)) for row in rerun.differences],
+        "identical": rerun.identical,
+        "changed": list(rerun.changed),
+    }

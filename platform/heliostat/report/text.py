@@ -1,12 +1,15 @@
 """How figures and tables look on a terminal."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from heliostat.runtime.one_trial import Rerun
 
 ROOM_FOR_REASONS = 120
 """So many columns besides the models' names, and a table of candidates has room for the reasons beside the figures."""
@@ -74,3 +77,17 @@ def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     for row in rows:
         table.add_row(*(Text(figure(cell)) if cell is not None else "" for cell in row))
     return table
+
+
+def rerun_table(rerun: "Rerun") -> Group:
+    """A trial then and now: how it ended, its best epoch's figures, and what that amounts to."""
+    then, now = rerun.then, rerun.now
+    rows = [("status", then.status, now.status, ""), ("epochs", then.epochs, now.epochs, now.epochs - then.epochs)]
+    verdict = "identical in every metric of every epoch" if rerun.identical else "not the same as then"
+    failures = [f"{when}: {trial.reason}" for when, trial in (("then", then), ("now", now)) if trial.reason]
+    return Group(
+        Text(f"{rerun.node}, trial {then.id}: {verdict}", style="bold"),
+        *(Text(f"changed since: {change}") for change in rerun.changed),
+        table_of(("", "then", "now", "difference"), [*rows, *rerun.differences]),
+        *map(Text, failures),
+    )

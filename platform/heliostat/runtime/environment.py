@@ -14,6 +14,7 @@ SWITCHES: dict[str, tuple[str, str]] = {
         "0",
         "nobody scrapes an embedded Ray; its exporter only logs that it cannot connect",
     ),
+    "RAY_task_oom_retries": ("1", "the default is to start what runs out of memory again for ever, with any `retries`"),
     "RAY_CHDIR_TO_TRIAL_DIR": ("0", "relative paths in the user's code mean the same everywhere"),
     "RAY_AIR_NEW_OUTPUT": ("0", "Tune's and Train's own tables would fight with the live view"),
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": (

@@ -82,10 +82,9 @@ class Journal:
 
     def _read(self) -> list[Event]:
         self._file.seek(0)
-        content = self._file.read()
-        complete = content.rfind(b"\n") + 1
-        self._file.truncate(complete)
-        lines = [json.loads(line) for line in content[:complete].splitlines()]
+        complete = _complete_part(self._file.read())
+        self._file.truncate(len(complete))
+        lines = [json.loads(line) for line in complete.splitlines()]
         if lines:
             self._spent_before_s = lines[-1].get("spent_s", 0.0)
         return [_decode(line) for line in lines]
@@ -109,6 +108,15 @@ class Journal:
     def close(self) -> None:
         self._sync()
         self._file.close()
+
+
+def read_events(path: Path) -> list[Event]:
+    """What is in a journal, which may be another process's to write: the file stays as it is."""
+    return [_decode(json.loads(line)) for line in _complete_part(path.read_bytes()).splitlines()]
+
+
+def _complete_part(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _decode(line: dict[str, Any]) -> Event:

@@ -31,6 +31,8 @@ from heliostat.errors import HeliostatError, StageError
 R = TypeVar("R")
 POLL_S = 0.2
 ONE_CPU: Mapping[str, float] = {"CPU": 1}
+DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
+"""Of the process of a task, which may then be started again."""
 
 
 def run_task(
@@ -63,24 +65,31 @@ def run_task(
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False),
         }
     threads = max(1, int(held["CPU"]))
-    task = ray.remote(call_in_worker).options(**options, max_retries=retries, retry_exceptions=False)
-    reference = task.remote(cloudpickle.dumps((function, args)), root, threads)
-    try:
-        while True:
-            ready, _ = ray.wait([reference], timeout=POLL_S)
-            if ready:
-                outcome, value = ray.get(reference)
-                break
-            if cancel is not None and cancel.is_set():
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        ray.cancel(reference, force=True)
-        raise
-    except RayError as error:
-        raise StageError(why_it_died(error)) from error
+    # Ray's own retries know no end for a process that runs out of memory.
+    task = ray.remote(call_in_worker).options(**options, max_retries=0)
+    call = cloudpickle.dumps((function, args))
+    for left in reversed(range(retries + 1)):
+        reference = task.remote(call, root, threads)
+        try:
+            outcome, value = _wait_for(reference, cancel)
+            break
+        except KeyboardInterrupt:
+            ray.cancel(reference, force=True)
+            raise
+        except RayError as error:
+            if not (left and isinstance(error, DEATHS)):
+                raise StageError(why_it_died(error)) from error
     if outcome == "raised":
         raise value
     result: R = value
+    return result
+
+
+def _wait_for(reference: ray.ObjectRef, cancel: threading.Event | None) -> tuple[str, Any]:
+    while not ray.wait([reference], timeout=POLL_S)[0]:
+        if cancel is not None and cancel.is_set():
+            raise KeyboardInterrupt
+    result: tuple[str, Any] = ray.get(reference)
     return result
 
 
@@ -133,13 +142,13 @@ def why_it_died(error: RayError) -> str:
     """What became of a process that Ray lost, in a sentence."""
     match error:
         case OutOfMemoryError():
-            return f"killed because the machine ran out of memory: {error}"
+            return f"killed because the machine ran out of memory: {_first_line(error)}"
         case WorkerCrashedError() | NodeDiedError() | ActorDiedError():
-            return f"its process was killed or crashed: {_first_line(error)}"
+            return "its process was killed or crashed"
         case TaskCancelledError():
             return "cancelled"
         case RayTaskError():
-            return _first_line(error)
+            return str(error).strip()
         case _:
             return f"{type(error).__name__}: {_first_line(error)}"
 

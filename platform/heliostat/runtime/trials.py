@@ -12,14 +12,13 @@ import json
 import tempfile
 import threading
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import cloudpickle, tune
 from ray.tune.experiment import Trial
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
@@ -31,12 +30,15 @@ from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
 from heliostat.errors import ResourceError, StageError
 from heliostat.runtime.engines import engines
+from heliostat.runtime.failures import commonest
 from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Budget, Cause, Ledger
 from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
 from heliostat.runtime.session import cluster_capacity
 from heliostat.runtime.shared_data import DataProvider
+from heliostat.runtime.tasks import why_it_died
 from heliostat.runtime.trial_actor import TrialActor, TrialWork
+from heliostat.runtime.tune_memory import survive_memory_kills
 from heliostat.training.config import TrainConfig
 
 POLL_S = 0.1
@@ -129,13 +131,11 @@ def _choose(trials: Sequence[TrialRecord], objectives: Objectives) -> tuple[Tria
     good = {trial.id: trial.metrics for trial in trials if trial.status != "failed"}
     best = objectives.best(good)
     if best is None:
-        reasons = Counter(trial.reason or "" for trial in trials).most_common()
-        text = "\n\n".join(f"{count} of {len(trials)}: {reason}" for reason, count in reasons[:3])
-        raise StageError(f"all {len(trials)} trials failed\n{text}")
+        raise StageError(f"all {len(trials)} trials failed\n{commonest(trial.reason or '' for trial in trials)}")
     return by_id[best], tuple(by_id[trial] for trial in objectives.front(good))
 
 
-def _data_args(train: TrainConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
+def data_args_of(train: TrainConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
     """What the data function will be given, whatever else of the parameters makes a train config or does not."""
     mine = {path: value for path, value in params.items() if path.startswith("data_args.")}
     return overlay(TrainConfig(data_args=train.data_args), mine).data_args
@@ -151,7 +151,7 @@ class _TuneSearcher(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         if (trial := self.ledger.next()) and self._provider:
-            self._provider.provide(_data_args(self._train, json.loads(trial["params"])))
+            self._provider.provide(data_args_of(self._train, json.loads(trial["params"])))
         return trial or Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -182,8 +182,14 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
         self._ledger.restarted(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        error = trial.get_error()
-        self._ledger.ended(trial.config["trial"], "failed", f"its process was killed or crashed: {str(error).strip()}")
+        self._ledger.ended(trial.config["trial"], "failed", _why_lost(trial))
+
+
+def _why_lost(trial: Trial) -> str:
+    """By the files that Tune has just written on this machine: `trial.get_error` looks where they come to lie later."""
+    if trial.pickled_error_file:
+        return why_it_died(cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
+    return Path(trial.error_file).read_text()  # it could not even be started
 
 
 def _run_interruptibly(
@@ -223,6 +229,7 @@ class _Over(tune.Stopper):  # type: ignore[misc]
 def _run_tune(
     searcher: _TuneSearcher, work: TrialWork, asha: Asha | None, *, concurrent: int, cancel: threading.Event
 ) -> None:
+    survive_memory_kills()
     ledger = searcher.ledger
     trainable = f"trials-{uuid.uuid4().hex}"
     with _registering:

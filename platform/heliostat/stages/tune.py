@@ -57,7 +57,7 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     yield from _check_folds(config, view)
     if config.exhaustive:
         yield from _check_grid(config, space)
-    yield from _check_objectives(config, view)
+    yield from _checkobjectives_of(config, view)
     for metric in config.stop_when:
         yield from check_metric(metric, view, place=f"config.stop_when.{metric}", more=COSTS)
 
@@ -78,7 +78,7 @@ def _check_grid(config: TuneConfig, space: Space) -> Iterator[str]:
         yield f"config.trials: a grid runs each of its {size} points, not {config.trials}; leave it out"
 
 
-def _check_objectives(config: TuneConfig, view: ConfigView) -> Iterator[str]:
+def _checkobjectives_of(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     from heliostat.runtime.engines import engines
 
     if config.objective and config.objectives:
@@ -163,7 +163,7 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
     with shared_data(context.task, root=context.root, seed=context.seed, retries=context.retries) as provider:
         if provider and not any(path.startswith("data_args.") for path in config.searched):
             provider.provide(config.train.data_args)  # at once: it is built while this process imports Ray Tune
-        objectives = _objectives(config, context.task.metric_modes)
+        objectives = objectives_of(config, context.task.metric_modes)
         outcome = _search(context, config, objectives, provider)
     algorithm, _, reason = config.method
     states = [trial.status for trial in outcome.trials]
@@ -232,7 +232,7 @@ def _search(
     )
 
 
-def _objectives(config: TuneConfig, modes: Mapping[str, Mode]) -> Objectives:
+def objectives_of(config: TuneConfig, modes: Mapping[str, Mode]) -> Objectives:
     """What is stated, else the first of the task's metrics on validation, else the loss there."""
     first = next((name for name in modes if name.startswith("val_") and name != "val_loss"), "val_loss")
     aims = config.aims or (ObjectiveConfig(metric=first),)

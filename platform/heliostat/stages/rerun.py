@@ -1,0 +1,63 @@
+"""One trial of a search run again, by what the search's journal says of it."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from heliostat.core.spec import Task
+from heliostat.core.stage import StageContext
+from heliostat.errors import SpecError, nearest
+from heliostat.stages.tune import objectives_of
+from heliostat.stages.tune_config import TuneConfig
+
+if TYPE_CHECKING:
+    from heliostat.runtime.journal import TrialRecord
+    from heliostat.runtime.one_trial import Rerun
+
+
+def ended_trial(folder: Path, config: TuneConfig, task: Task, trial: str) -> "TrialRecord":
+    """How the trial of the search in `folder` ended. Raises SpecError when it does not exist, or is under way."""
+    from heliostat.runtime.journal import Standing, read_events
+
+    objectives = objectives_of(config, task.metric_modes)
+    standing = Standing()
+    for event in read_events(folder / "journal.jsonl"):
+        standing.apply(event, objectives)
+    if trial not in standing.ended:
+        state = "has not ended yet" if trial in standing.open else "does not exist"
+        raise SpecError(f"--trial: {trial!r} {state}{nearest(trial, standing.ended)}")
+    return standing.ended[trial]
+
+
+def rerun(context: StageContext, config: TuneConfig, then: "TrialRecord") -> "Rerun":
+    """Train a trial again as its search did, from its parameters and its seed, and set one beside the other.
+
+    `context.folder` is the search's own, which stays as it is. Raises ResourceError where the trial cannot fit.
+    """
+    from heliostat.runtime.ledger import trial_seed
+    from heliostat.runtime.one_trial import Rerun, run_again
+    from heliostat.runtime.shared_data import shared_data
+    from heliostat.runtime.trial_actor import TrialWork
+    from heliostat.runtime.trials import concurrent_trials, data_args_of
+
+    objectives = objectives_of(config, context.task.metric_modes)
+    concurrent_trials(context.resources)
+    shared = shared_data(context.task, root=context.root, seed=context.seed, retries=context.retries)
+    with shared as provider, tempfile.TemporaryDirectory(prefix=".rerun-", dir=context.folder.parent) as scratch:
+        if provider:
+            provider.provide(data_args_of(config.train, then.params))
+        work = TrialWork(
+            task=context.task,
+            train=config.train,
+            folds=config.folds,
+            fold_seed=context.seed,
+            metric=objectives.first.metric,
+            rungs=(),
+            root=context.root,
+            folder=Path(scratch),  # where all machines of a cluster see it
+            resources=context.resources,
+            data=provider.shared if provider else None,
+            retries=context.retries,
+        )
+        now = run_again(work, then, seed=trial_seed(context.seed, then.id), objectives=objectives)
+    return Rerun(context.node, then, now)
