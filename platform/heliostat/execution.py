@@ -248,10 +248,10 @@ class Execution:
             if isinstance(speed, str):
                 raise StageError(speed)
             record = _with_speed(record, speed)
-            self._history.measured(node, record, speed.metrics)
+            self._history.measured(record, speed.metrics)
             write_record(node.folder, record)
         except Exception as error:
-            return self._failed(node, error, seconds=record.seconds)
+            return self._failed(node, error, seconds=record.seconds, made=record)
         return outcome_of(node, made.status, seconds=record.seconds, metrics=record.metrics)
 
     def _left_unmeasured(self, made: _Made) -> NodeOutcome:
@@ -274,9 +274,9 @@ class Execution:
                 artifacts[artifact.folder] = replace(artifact, record=_with_speed(artifact.record, speed))
         return {slot: tuple(artifacts[artifact.folder] for artifact in group) for slot, group in inputs.items()}
 
-    def _failed(self, node: Node, error: Exception, *, seconds: float) -> NodeOutcome:
+    def _failed(self, node: Node, error: Exception, *, seconds: float, made: Record | None = None) -> NodeOutcome:
         text = str(error) if isinstance(error, HeliostatError) else _with_traceback(error)
-        self._history.failed(node, text)
+        self._history.failed(node, text, made)
         return outcome_of(node, "failed", seconds=seconds, error=text)
 
 

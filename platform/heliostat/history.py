@@ -1,13 +1,14 @@
 """How a run gets into MLflow: one tree, pipeline > stage > trial, under keys that stay the same when a run resumes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from heliostat.core.artifact import Record, artifact_json
+from heliostat.core.artifact import Record, artifact_json, read_record, write_record
 from heliostat.core.imports import own_sources
 from heliostat.core.plan import Node, Plan, artifact_of
 from heliostat.tracking.context import code_tags, git_commit, library_versions
@@ -26,25 +27,40 @@ TRIAL_STATUS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
 }
 
 
-class History:
-    """The MLflow side of one run of a plan. A run that goes on after a crash is the same one; a forced one is new."""
+def run_key(planned: Plan, cut_off: Sequence[str]) -> str:
+    """The key of a run of the plan: a forced one is new; any other goes on with the newest of the keys `cut_off`.
 
-    def __init__(self, planned: Plan, tracker: Tracker) -> None:
-        self._plan, self._tracker = planned, tracker
-        self._stamp = datetime.now(UTC).isoformat(timespec="seconds")
-        forced = any(node.reason.startswith("forced") for node in planned.nodes)
-        self._key = f"{planned.pipeline.name}/{planned.fingerprint}" + (f"@{self._stamp}" if forced else "")
+    Those are of runs that were killed. One of this plan, forced or not, is the same run.
+    """
+    key = f"{planned.pipeline.name}/{planned.fingerprint}"
+    if any(node.reason.startswith("forced") for node in planned.nodes):
+        return f"{key}@{datetime.now(UTC).isoformat(timespec='seconds')}"
+    return next((old for old in cut_off if old == key or old.startswith(f"{key}@")), key)
+
+
+class History:
+    """The MLflow side of one run of a plan, under its key."""
+
+    def __init__(self, planned: Plan, key: str, tracker: Tracker) -> None:
+        self._plan, self._key, self._tracker = planned, key, tracker
         self.versions = library_versions()
         self.git_commit = git_commit(planned.pipeline.root)
 
     @classmethod
     @contextmanager
-    def open(cls, planned: Plan, note: Callable[[str], None]) -> Iterator["History"]:
-        """Start tracking the run. Nothing of it blocks; what the store does not take stays in the spool."""
+    def open(
+        cls, planned: Plan, key: str, note: Callable[[str], None], cut_off: Sequence[str] = ()
+    ) -> Iterator["History"]:
+        """Start tracking the run. Nothing of it blocks; what the store does not take stays in the spool.
+
+        Runs that were killed, of the keys `cut_off`, end as such, unless this is one of them that goes on.
+        """
         pipeline = planned.pipeline
         spool = pipeline.storage_folder / "spool"
         tracker = Tracker(pipeline.tracking_uri, experiment=pipeline.experiment, spool=spool)
-        history = cls(planned, tracker)
+        history = cls(planned, key, tracker)
+        for killed in set(cut_off) - {key}:
+            tracker.end_tree(killed, status="KILLED")
         history._begin()
         try:
             yield history
@@ -94,25 +110,26 @@ class History:
         self._tracker.tags(key, {"heliostat.path": str(node.folder)})
         self._tracker.end_run(key, status="FINISHED")
 
-    def measured(self, node: Node, record: Record, speed: Mapping[str, float]) -> None:
-        """The speed of a model, which is measured later than the rest. What another run made is in that run's tree.
+    def measured(self, record: Record, speed: Mapping[str, float]) -> None:
+        """The speed of a model, which is measured later than the rest: in the tree of the run that made the model.
 
         As `finished`, to be told before the record is written.
         """
-        if record.tracking.get("pipeline_run_id") != self.run_id:
-            return
-        key, epochs = self._key_of(node), record.details.get("history", ())
+        key, epochs = record.tracking["key"], record.details.get("history", ())
         self._tracker.metrics(key, speed, step=len(epochs) + 1 if epochs else 0)
         self._tracker.text(key, artifact_json(record), "record.json")
+        self._tracker.end_run(key, status="FINISHED")  # an earlier attempt to measure it may have failed
 
     def chose(self, node: Node, example: "np.ndarray[Any, Any]") -> None:
         """The chosen model as an MLflow model. `example` is a small batch of its inputs."""
         self._tracker.log_model(self._key_of(node), node.folder, input_example=example)
 
-    def failed(self, node: Node, reason: str) -> None:
-        self._tracker.text(self._key_of(node), reason, "error.txt")
-        self._tracker.tags(self._key_of(node), {"heliostat.error": reason.partition("\n")[0]})
-        self.ended(node, "FAILED")
+    def failed(self, node: Node, reason: str, made: Record | None = None) -> None:
+        """`made` is the record of a model that failed only when its speed was measured."""
+        key = made.tracking["key"] if made else self._key_of(node)
+        self._tracker.text(key, reason, "error.txt")
+        self._tracker.tags(key, {"heliostat.error": reason.partition("\n")[0]})
+        self._tracker.end_run(key, status="FAILED")
 
     def ended(self, node: Node, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         self._tracker.end_run(self._key_of(node), status=status)
@@ -125,11 +142,15 @@ class History:
         self._tracker.end_run(self._key, status=ends.get(status, "KILLED"))
 
     def ids(self, node: Node) -> dict[str, str]:
-        """What the record keeps of the tracking: store, experiment, and run ids, as far as a server has given them."""
+        """What the record keeps of the tracking: store, experiment, key, and run ids as far as a server has given them.
+
+        MLflow finds the run of a key by its tag `heliostat.key`.
+        """
         pipeline = self._plan.pipeline
         known = {
             "uri": pipeline.tracking_uri,
             "experiment": pipeline.experiment,
+            "key": self._key_of(node),
             "run_id": self._tracker.run_id(self._key_of(node), 0.0),
             "pipeline_run_id": self.run_id,
         }
@@ -142,7 +163,16 @@ class History:
 
     def close(self) -> int:
         """Deliver what is left; the number of events that wait in the spool."""
-        return self._tracker.close(timeout_s=CLOSE_TIMEOUT_S)
+        waiting = self._tracker.close(timeout_s=CLOSE_TIMEOUT_S)
+        for node in self._plan.nodes:
+            self._name_run_in_record(node)
+        return waiting
+
+    def _name_run_in_record(self, node: Node) -> None:
+        """A server may give a run its id only after a short stage has written its record."""
+        record, ids = read_record(node.folder), self.ids(node)
+        if record and record.tracking.get("key") == ids["key"] and record.tracking != ids:
+            write_record(node.folder, replace(record, tracking=ids))
 
 
 class NodeReporter:

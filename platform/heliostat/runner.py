@@ -16,7 +16,7 @@ from heliostat.core.plan import Plan, artifact_of, check_fits, plan_pipeline
 from heliostat.core.spec import Pipeline
 from heliostat.errors import SpecError
 from heliostat.execution import Execution, outcome_of, reused
-from heliostat.history import History
+from heliostat.history import History, run_key
 from heliostat.report import runs
 from heliostat.report.documents import run_document
 
@@ -62,7 +62,7 @@ def _nothing_left(planned: Plan) -> bool:
     """Whether every node is done and measured, and the run that did the last of them lived to say so in MLflow."""
     pipeline = planned.pipeline
     done = all(node.status == "reuse" and not node.unmeasured for node in planned.nodes)
-    return done and not runs.was_cut_off(pipeline.storage_folder, pipeline.name)
+    return done and not runs.cut_off(pipeline.storage_folder, pipeline.name)
 
 
 def _all_reused(planned: Plan, view: View) -> RunResult:
@@ -82,22 +82,21 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
     pipeline = planned.pipeline
     if address is None:
         check_fits_here(planned)
+    cut_off = [run["key"] for run in runs.cut_off(pipeline.storage_folder, pipeline.name)]
+    key = run_key(planned, cut_off)
     run_id = runs.new_run_id(pipeline.name)
     log = pipeline.storage_folder / "logs" / f"{run_id}.log"
     view.began(planned, log=log)
     unfinished = [outcome_of(node, "skipped", error="the run has not ended") for node in planned.nodes]
     tracking: dict[str, str | None] = {"uri": pipeline.tracking_uri, "experiment": pipeline.experiment, "run_id": None}
+    begun = RunResult(pipeline.name, "unfinished", tuple(unfinished), tracking, None, log)
     with _written_to(pipeline.storage_folder):
-        runs.write_run(
-            pipeline.storage_folder,
-            run_id,
-            run_document(RunResult(pipeline.name, "unfinished", tuple(unfinished), tracking, None, log)),
-        )
+        runs.write_run(pipeline.storage_folder, run_id, {"key": key, **run_document(begun)})
     with ExitStack() as tracked:  # what is left to track is delivered while Ray ends
         with session.start(address, log=log, root=pipeline.root) as ray:
             where = "this machine" if address is None else f"the cluster at {address}"
             check_fits(planned, ray.capacity(), where=where)
-            history = tracked.enter_context(History.open(planned, view.note))
+            history = tracked.enter_context(History.open(planned, key, view.note, cut_off))
             outcomes, interrupted = Execution(planned, history, view).run()
             failed = any(o.status in {"failed", "skipped"} for o in outcomes)
             status: Literal["done", "failed", "interrupted"] = (
@@ -109,7 +108,7 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
     tracking["run_id"] = history.run_id
     result = RunResult(pipeline.name, status, tuple(outcomes), tracking, selected, log, untracked)
     try:
-        runs.write_run(pipeline.storage_folder, run_id, run_document(result))
+        runs.write_run(pipeline.storage_folder, run_id, {"key": key, **run_document(result)})
     except OSError as error:  # what became of each node is still worth telling
         view.note(f"{run_id} stays unfinished in the store's history: {error.strerror}")
     return result

@@ -115,6 +115,21 @@ def test_a_run_is_found_again_by_its_key_when_nothing_is_known_here(server, tmp_
     assert steps(server.uri, run, "loss") == [(1, 1.3), (2, 2.3), (3, 3.3), (4, 4.5), (5, 5.5)]
 
 
+def test_ending_a_tree_ends_what_still_runs_of_it_and_nothing_else(server, tmp_path):
+    tracking = Tracker(server.uri, experiment="ended", spool=tmp_path / "spool")
+    for key in ("p_1", "p_1/s", "p_1/s/ended", "p_10", "pa1/s"):
+        tracking.start_run(key, name=key)
+    tracking.end_run("p_1/s/ended", status="FAILED")
+    tracking.end_tree("p_1", status="KILLED")
+    assert tracking.close() == 0
+    assert {run.info.run_name: run.info.status for run in runs(server.uri, "ended")} == {
+        **dict.fromkeys(("p_1", "p_1/s"), "KILLED"),
+        "p_1/s/ended": "FAILED",
+        **dict.fromkeys(("p_10", "pa1/s"), "RUNNING"),
+    }
+    assert all((run.info.end_time is None) == (run.info.status == "RUNNING") for run in runs(server.uri, "ended"))
+
+
 def test_what_the_server_refuses_does_not_hold_up_the_rest(server, tmp_path, caplog):
     tracking = Tracker(server.uri, experiment="refused", spool=tmp_path / "spool")
     tracking.metrics("never started", {"loss": 1.0}, step=1)

@@ -41,6 +41,21 @@ def run_python(script, *arguments, **options):
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)], **options)
 
 
+def test_ending_a_tree_ends_what_still_runs_of_it_and_nothing_else(uri, tmp_path):
+    tracking = tracker(uri, tmp_path)
+    for key in ("p_1", "p_1/s", "p_1/s/ended", "p_10", "pa1/s"):
+        tracking.start_run(key, name=key)
+    tracking.end_run("p_1/s/ended", status="FAILED")
+    tracking.end_tree("p_1", status="KILLED")
+    assert tracking.close() == 0
+    assert {run.info.run_name: run.info.status for run in runs(uri)} == {
+        **dict.fromkeys(("p_1", "p_1/s"), "KILLED"),
+        "p_1/s/ended": "FAILED",
+        **dict.fromkeys(("p_10", "pa1/s"), "RUNNING"),
+    }
+    assert all((run.info.end_time is None) == (run.info.status == "RUNNING") for run in runs(uri))
+
+
 def test_the_client_sees_one_tree_with_parameters_metrics_and_states(uri, tmp_path):
     tracking = tracker(uri, tmp_path)
     tracking.start_run("p", name="mnist", tags={"version.torch": "2.13"})

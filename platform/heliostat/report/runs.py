@@ -1,5 +1,6 @@
 """The history of runs in a store: one JSON document a run under `runs/`, written when it starts and when it ends."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from datetime import datetime
@@ -27,10 +28,13 @@ def read_runs(storage: Path) -> list[dict[str, Any]]:
     return list(_newest_first(storage))
 
 
-def was_cut_off(storage: Path, pipeline: str) -> bool:
-    """Whether the newest run of a pipeline was killed, or is still going on: what MLflow says of it is not complete."""
-    newest = next((run for run in _newest_first(storage) if run["pipeline"] == pipeline), None)
-    return newest is not None and newest["status"] == "unfinished"
+def cut_off(storage: Path, pipeline: str) -> list[dict[str, Any]]:
+    """The runs of a pipeline that were killed (or still go on) since one came to its end, newest first.
+
+    What MLflow says of them is not complete.
+    """
+    runs = (run for run in _newest_first(storage) if run["pipeline"] == pipeline)
+    return list(itertools.takewhile(lambda run: run["status"] == "unfinished", runs))
 
 
 def _newest_first(storage: Path) -> Iterator[dict[str, Any]]:

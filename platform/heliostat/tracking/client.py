@@ -26,6 +26,8 @@ from heliostat.tracking.events import KEY_TAG, PARENT_TAG, Event  # noqa: E402
 from heliostat.tracking.model import log_in_own_process  # noqa: E402
 from heliostat.tracking.writer import Target, UnavailableError  # noqa: E402
 
+MAX_RUNNING = 1000
+"""More trials than these are not under way at once."""
 MAX_METRICS = 800
 MAX_PARAMS = 100  # and as many tags; the three together must not pass 1000
 
@@ -82,6 +84,9 @@ class ClientWriter:
         if event.kind == "start":
             self._runs[event.key] = self._start(event)
             started[event.key] = self._runs[event.key].run_id
+        if event.kind == "end_tree":
+            self._end_tree(event)
+            return
         run = self._run(event.key)
         match event.kind:
             case "start":
@@ -102,6 +107,13 @@ class ClientWriter:
             case "end":
                 self._flush(run)
                 self._client.set_terminated(run.run_id, data["status"], event.time_ms)
+
+    def _end_tree(self, event: Event) -> None:
+        """The store finds what is running; which of it is in the tree is seen here, whatever `%` and `_` mean there."""
+        running = f"attributes.status = 'RUNNING' and tags.`{KEY_TAG}` LIKE {_quoted(f'{event.key}%')}"
+        for found in self._client.search_runs([self._experiment], running, max_results=MAX_RUNNING):
+            if f"{found.data.tags[KEY_TAG]}/".startswith(f"{event.key}/"):
+                self._client.set_terminated(found.info.run_id, event.data["status"], event.time_ms)
 
     def _find_experiment(self) -> str:
         found = self._client.get_experiment_by_name(self._target.experiment)
@@ -139,8 +151,7 @@ class ClientWriter:
         return run
 
     def _find(self, key: str) -> _Run | None:
-        quote = '"' if "'" in key else "'"
-        found = self._client.search_runs([self._experiment], f"tags.`{KEY_TAG}` = {quote}{key}{quote}", max_results=1)
+        found = self._client.search_runs([self._experiment], f"tags.`{KEY_TAG}` = {_quoted(key)}", max_results=1)
         if not found:
             return None
         run_id, data = found[0].info.run_id, found[0].data
@@ -162,6 +173,11 @@ class ClientWriter:
             self._client.log_artifacts(run.run_id, str(source), str(Path(folder or "") / source.name))
         else:
             self._client.log_artifact(run.run_id, str(source), folder)
+
+
+def _quoted(text: str) -> str:
+    quote = '"' if "'" in text else "'"
+    return f"{quote}{text}{quote}"
 
 
 def _add_metrics(run: _Run, event: Event) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-Kind = Literal["start", "metrics", "params", "tags", "artifact", "text", "model", "end"]
+Kind = Literal["start", "metrics", "params", "tags", "artifact", "text", "model", "end", "end_tree"]
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 KEY_TAG = "heliostat.key"
@@ -61,7 +61,7 @@ def cleaned(event: Event) -> Event:
             data["values"] = _tags(data["values"])
         case "model":
             data["example"] = _array_to_text(data["example"])
-        case "artifact" | "text" | "end":
+        case "artifact" | "text" | "end" | "end_tree":
             pass
     return replace(event, data=data)
 

@@ -34,6 +34,11 @@ _RUN = """
     ON CONFLICT (run_uuid) DO UPDATE SET status = 'RUNNING', end_time = NULL, lifecycle_stage = 'active',
                                          deleted_time = NULL"""
 _END = "UPDATE runs SET status = :status, end_time = :time WHERE run_uuid = :run"
+_END_TREE = """
+    UPDATE runs SET status = :status, end_time = :time
+    WHERE status = 'RUNNING' AND experiment_id = :experiment AND run_uuid IN (
+        SELECT run_uuid FROM tags
+        WHERE key = :key_tag AND (value = :key OR substr(value, 1, length(:key) + 1) = :key || '/'))"""
 _TAG = """
     INSERT INTO tags (run_uuid, key, value) VALUES (:run, :key, :value)
     ON CONFLICT (key, run_uuid) DO UPDATE SET value = excluded.value"""
@@ -71,6 +76,7 @@ class SqliteWriter:
         tags: list[Row] = []
         params: list[Row] = []
         metrics: list[Row] = []
+        trees: list[Row] = []
         started: dict[str, str] = {}
         for event in events:
             run, data = self._run_id(event.key), event.data
@@ -88,6 +94,8 @@ class SqliteWriter:
                     tags += _rows(run, data["values"])
                 case "end":
                     states.append((_END, {"run": run, "status": data["status"], "time": event.time_ms}))
+                case "end_tree":
+                    trees.append(self._tree_row(event))
                 case "artifact" | "text" | "model":
                     pass
         with _database_errors(), self._transaction():
@@ -95,6 +103,7 @@ class SqliteWriter:
                 self._db.execute(statement, row)
             for statement, rows in (_TAG, tags), (_PARAM, params), (_METRIC, metrics), (_LATEST, metrics):
                 self._db.executemany(statement, rows)
+            self._db.executemany(_END_TREE, trees)  # last: it looks for tags that may just have been written
         for event in events:
             self._write_files(event)
         return started
@@ -127,6 +136,15 @@ class SqliteWriter:
             "user": event.data["tags"].get("mlflow.user", ""),
             "time": event.time_ms,
             "artifacts": f"{self._artifacts}/{run}/artifacts",
+            "experiment": self._experiment,
+        }
+
+    def _tree_row(self, event: Event) -> Row:
+        return {
+            "key": event.key,
+            "key_tag": KEY_TAG,
+            "status": event.data["status"],
+            "time": event.time_ms,
             "experiment": self._experiment,
         }
 

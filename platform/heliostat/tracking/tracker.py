@@ -96,6 +96,13 @@ class Tracker:
     def end_run(self, key: str, *, status: Status) -> None:
         self._put("end", key, status=status)
 
+    def end_tree(self, key: str, *, status: Status) -> None:
+        """End all that is still running of the run of `key` and of those below it, whose keys are `KEY/…`.
+
+        For what another process began and nobody goes on with: of that tree nothing may be started in the meantime.
+        """
+        self._put("end_tree", key, status=status)
+
     def run_id(self, key: str, timeout_s: float) -> str | None:
         """The MLflow run id of `key`: at once where it follows from the key, as on SQLite.
 
