@@ -58,16 +58,16 @@ def test_a_function_of_the_users_module_runs_in_another_process(work, root):
 
 
 def test_a_worker_is_used_again(work, root):
-    assert len({run_task(work.pid, root=root, cpus=2) for _ in range(4)}) <= 2
+    assert len({run_task(work.pid, root=root, held={"CPU": 2}) for _ in range(4)}) <= 2
 
 
 def test_a_task_computes_with_as_many_threads_as_it_has_cpus(work, root):
-    assert run_task(work.threads, root=root, cpus=2) == 2
-    assert run_task(work.threads, root=root, cpus=1) == 1
+    assert run_task(work.threads, root=root, held={"CPU": 2}) == 2
+    assert run_task(work.threads, root=root, held={"CPU": 1}) == 1
 
 
 def test_an_exclusive_task_holds_the_node_and_still_has_its_own_threads(work, root):
-    assert run_task(work.threads, root=root, cpus=1, exclusive=True) == 1
+    assert run_task(work.threads, root=root, held={"CPU": 1}, exclusive=True) == 1
 
 
 def test_an_error_comes_back_with_the_functions_own_traceback(work, root):
