@@ -108,6 +108,19 @@ def test_what_can_never_fit_is_planned_and_then_refused_with_3(file, heliostat):
     assert "error: train: needs 4096 CPUs at once; this machine has" in done.stderr
 
 
+def test_a_run_of_trials_that_can_never_fit_is_refused_with_3_before_anything_starts(file, heliostat):
+    done = heliostat("run", file, "--json", "--set", "stages.search.resources.workers_per_trial=4096")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "error: search: needs 4096 CPUs at once; this machine has" in done.stderr
+    assert not list((file.parent / ".heliostat").glob("runs/*"))
+
+
+def test_a_trial_again_goes_with_no_force(file, heliostat):
+    done = heliostat("run", file, "--trial", "0001", "--force", "search")
+    assert done.returncode == 2
+    assert "error: --force: a trial that is run again changes nothing" in done.stderr
+
+
 # --- the history of a store ------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,3 +151,7 @@ def test_a_run_reports_to_a_server_that_is_up(away, delivered, server, heliostat
     top = document["tracking"]["run_id"]
     below = {run.info.run_name for run in tree if run.data.tags.get("mlflow.parentRunId") == top}
     assert below == {"train", "best"}  # the search was reused
+    ids = {run.info.run_name: run.info.run_id for run in tree if run.data.tags.get("mlflow.parentRunId") == top}
+    for node in document["nodes"][1:]:
+        tracking = json.loads((Path(node["path"]) / "record.json").read_text())["tracking"]
+        assert tracking["run_id"] == ids[node["name"]]  # also of `best`, which ends before the server has told it
