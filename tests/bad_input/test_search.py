@@ -151,6 +151,15 @@ SEARCH = "stages[0] (search).config.space"
             "config.algorithm: bayesian takes one objective, not 2; of several take grid, optuna_tpe, random",
         ),
         (
+            {"stages/search/config/limits": {"size": 0.5}},
+            "config.limits.size: nobody reports 'size'; did you mean 'size_mb'?",
+        ),
+        ({"stages/search/config/limits": {"size_mb": "0.5"}}, "config.limits.size_mb: input should be a valid number"),
+        (
+            {"stages/search/config/limits": {"test_accuracy": 0.5}},
+            "config.limits.test_accuracy: 'test_accuracy' is of the test split, which nothing may choose by",
+        ),
+        (
             {"stages/search/config/wall_time_s": 0},
             "stages[0] (search).config.wall_time_s: input should be greater than 0, not 0",
         ),

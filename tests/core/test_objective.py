@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heliostat.core.objective import Objectives
+from heliostat.core.objective import Bound, Objectives
 
 TWO = Objectives.of({"gain": "max", "cost": "min"})
 ROWS = st.dictionaries(
@@ -65,3 +65,32 @@ def test_a_trial_is_judged_by_an_epoch_that_has_every_figure():
     ]
     assert TWO.figures(rows) == {"gain": 2.0, "cost": 9.0}
     assert TWO.figures(rows[:1]) == {}
+
+
+LIMITED = Objectives.of({"gain": "max", "cost": "min"}, Bound("cost", 3, "min"), Bound("gain", 2, "max"))
+
+
+@given(ROWS)
+def test_what_is_beyond_a_limit_is_as_if_it_were_not_there(rows):
+    within = {name: row for name, row in rows.items() if row["cost"] <= 3 and row["gain"] >= 2}
+    assert LIMITED.best(rows) == TWO.best(within)
+    assert LIMITED.front(rows) == TWO.front(within)
+
+
+def test_the_closest_is_least_beyond_the_limits_whatever_their_units():
+    limited = Objectives.of({"gain": "max"}, Bound("num_params", 1000, "min"), Bound("latency_ms", 0.5, "min"))
+    rows = {
+        "far": {"gain": 1.0, "num_params": 900.0, "latency_ms": 1.0},
+        "near": {"gain": 0.1, "num_params": 1200.0, "latency_ms": 0.55},
+        "other": {"gain": 0.2, "num_params": 1400.0, "latency_ms": 0.1},
+    }
+    assert limited.best(rows) is None
+    assert limited.closest(rows) == "near"
+
+
+def test_a_limit_itself_is_within_and_a_trial_needs_a_figure_for_each():
+    assert Bound("cost", 0.3, "min").excess({"cost": 0.3}) == 0
+    assert Bound("cost", 0, "min").excess({"cost": 0.1}) > 0
+    assert str(Bound("gain", 0.5, "max")) == "gain at least 0.5"
+    one = Objectives.of({"gain": "max"}, Bound("size", 1, "min"))
+    assert one.figures([{"gain": 9.0}, {"gain": 1.0, "size": 5.0}]) == {"gain": 1.0, "size": 5.0}

@@ -120,7 +120,7 @@ def run(task, root, tmp_path, reporter):
         settings = {
             "space": Space.parse(changes.pop("space", SPACE)),
             "algorithm": "random",
-            "budget": Budget(changes.pop("trials", 4), changes.pop("wall_time_s", None), changes.pop("target", {})),
+            "budget": Budget(changes.pop("trials", 4), changes.pop("wall_time_s", None), changes.pop("target", ())),
             "train": TrainConfig(epochs=2, batch_size=16),
             "objectives": Objectives.of({"val_loss": "min"}),
             "scheduler": None,

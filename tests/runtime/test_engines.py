@@ -36,7 +36,8 @@ def make_engine(algorithm: str, **settings):
 
 
 def costs(params: dict, number: int = 1) -> Costs:
-    return Costs((params["optimizer.lr"] * params["model_args.width"], -params["optimizer.lr"])[:number])
+    lr, width = params["optimizer.lr"], params["model_args.width"]
+    return Costs((lr * width, -lr)[:number], excess=(width / 6 - 1,))
 
 
 @pytest.mark.parametrize("algorithm", SAMPLING)
@@ -112,6 +113,22 @@ def test_a_search_with_a_model_learns_where_to_look(algorithm):
         return sum(found[20:]) / 20
 
     assert all(late(algorithm, seed) < 0.8 * late("random", seed) for seed in range(3))
+
+
+@pytest.mark.parametrize("algorithm", LEARNING)
+def test_a_search_with_a_model_learns_to_keep_to_a_limit(algorithm):
+    space = Space.parse({"x": {"uniform": [0.0, 10.0]}})
+
+    def within(algorithm: str, seed: int) -> int:
+        engine, found = make_engine(algorithm, space=space, seed=seed, trials=40), []
+        for trial in map(str, range(40)):
+            x = engine.suggest(trial)["x"]
+            found.append(x <= 3)
+            engine.observe(trial, Costs((-x,), excess=(x / 3 - 1,)))  # but for the limit, the more the better
+        return sum(found[20:])
+
+    found = {name: sum(within(name, seed) for seed in range(4)) for name in (algorithm, "random")}
+    assert found[algorithm] > 1.25 * found["random"]
 
 
 def test_grid_search_tries_every_point_once_and_ends():

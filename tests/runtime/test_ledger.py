@@ -2,7 +2,7 @@
 
 import pytest
 
-from heliostat.core.objective import Objectives
+from heliostat.core.objective import Bound, Objectives
 from heliostat.core.space import Space
 from heliostat.core.stage import Unheard
 from heliostat.runtime.engines import engines
@@ -68,3 +68,13 @@ def test_whoever_watches_sees_the_best_so_far_also_after_an_interruption(ledger,
     again = Watching()
     ledger(algorithm=algorithm, reporter=again).next()
     assert again.seen == so_far | {"running": 1}
+
+
+def test_the_best_so_far_is_within_the_limits(ledger):
+    watching = Watching()
+    limited = ledger(Objectives.of({"gain": "max"}, Bound("cost", 2.0, "min")), reporter=watching)
+    run_trial(limited, {"gain": 5.0, "cost": 3.0})
+    assert watching.seen["best"] is None
+    run_trial(limited, {"gain": 1.0, "cost": 2.0})
+    run_trial(limited, {"gain": 7.0, "cost": 2.1})
+    assert watching.seen["best"] == 1.0

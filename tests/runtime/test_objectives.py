@@ -8,6 +8,7 @@ import pytest
 from heliostat.core.objective import Objectives
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import StageContext
+from heliostat.errors import StageError
 from heliostat.stages.tune import TuneConfig, tune
 from heliostat.training.config import TrainConfig
 
@@ -22,7 +23,7 @@ SPACE = {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}, "model_args.width": {"ran
 def task(root) -> Task:
     """The toy task, with a metric that is small where the loss is not: how far the outputs are from zero."""
     (root / "scale.py").write_text("def scale(outputs, targets):\n    return float(outputs.abs().mean())\n")
-    return Task(model="toy:build_model", data="toy:build_data", metrics=["scale:scale"])
+    return Task(model="toy:build_model", data="toy:build_data", metrics=[{"reference": "scale:scale", "mode": "min"}])
 
 
 @pytest.fixture
@@ -98,3 +99,20 @@ def test_the_record_has_the_objectives_and_the_front(stage):
     assert front.keys() == {"0001", "0002"}  # what learned nothing has small outputs and a large loss
     assert result.details["best_trial"] == "0002"
     assert all(front["0002"][metric] == result.metrics[metric] for metric in ("val_loss", "val_scale"))
+
+
+def test_what_is_beyond_a_limit_is_not_chosen(stage):
+    result = stage(**GRID, objective={"metric": "val_loss"}, limits={"val_scale": 0.2}, train={"epochs": 4})
+    assert result.details["limits"] == [{"metric": "val_scale", "value": 0.2, "mode": "min"}]
+    assert result.details["best_trial"] == "0001"  # the other has the better loss
+    assert [trial["trial"] for trial in result.details["front"]] == ["0001"]
+
+
+def test_a_search_in_which_nothing_is_within_the_limits_ends_and_fails_and_names_the_closest(stage, reporter):
+    with pytest.raises(StageError) as failed:
+        stage(**GRID, objective={"metric": "val_loss"}, limits={"val_scale": 1e-6}, train={"epochs": 4})
+    assert str(failed.value).startswith(
+        "none of 2 trials is within the limits: val_scale at most 1e-06; the closest is 0001, with val_scale 0."
+    )
+    assert str(failed.value).endswith('{"optimizer.lr": 1e-09, "model_args.width": 8, "model_args.same": true}')
+    assert [state for state, _ in reporter.ended.values()] == ["done", "done"]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from heliostat.core.objective import Objectives
+from heliostat.core.objective import Bound, Objectives
 from heliostat.core.spec import Resources, Task
 from heliostat.errors import ResourceError, StageError
 from heliostat.runtime.journal import Journal
@@ -216,12 +216,13 @@ LONG = TrainConfig(epochs=10_000, batch_size=1)
 
 
 def test_a_search_ends_with_the_first_trial_that_reaches_the_target(run, reporter):
-    outcome = run(train=LONG, target={"val_loss": (10.0, "min"), "val_accuracy": (0.0, "max")}, resources=ONE_AT_A_TIME)
+    target = [Bound("val_loss", 10.0, "min"), Bound("val_accuracy", 0.0, "max")]
+    outcome = run(train=LONG, target=target, resources=ONE_AT_A_TIME)
     assert outcome.ended_by == "target"
     assert [trial.status for trial in outcome.trials] == ["stopped"]
     assert reporter.ended == {"0001": ("stopped", None)}
     assert outcome.best.metrics["val_loss"] <= 10.0
-    assert run(train=LONG, target={"val_loss": (10.0, "min")}) == outcome
+    assert run(train=LONG, target=target[:1]) == outcome
 
 
 def test_when_its_time_is_over_a_search_ends_with_the_best_so_far(run, reporter, monkeypatch):

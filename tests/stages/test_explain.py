@@ -56,6 +56,11 @@ def explained(toy):
             "optuna_tpe, 40 trials suffice to learn where the space is good, and unlike bayesian it takes several "
             "objectives",
         ),
+        (
+            {"space": LARGE, "trials": 40, "limits": {"size_mb": 0.5}},
+            "optuna_tpe, 40 trials suffice to learn where the space is good, and unlike bayesian it models how far "
+            "beyond the limits a trial is",
+        ),
     ],
 )
 def test_the_plan_shows_which_algorithm_a_search_takes_and_why(explained, config, expected):

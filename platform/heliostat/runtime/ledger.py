@@ -10,10 +10,10 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from heliostat.core.objective import Mode, Objectives
+from heliostat.core.objective import Bound, Objectives
 from heliostat.core.stage import Reporter
 from heliostat.errors import StageError
 from heliostat.runtime.engines import Engine
@@ -40,14 +40,11 @@ class Budget:
     trials: int
     wall_time_s: float | None = None
     """Interruptions do not count."""
-    target: Mapping[str, tuple[float, Mode]] = field(default_factory=dict)
-    """Metrics and how good they have to be, all of them in one epoch of one trial."""
+    target: Sequence[Bound] = ()
+    """What has to be kept to in one epoch of one trial, all of it."""
 
     def is_met_by(self, row: Mapping[str, float]) -> bool:
-        return bool(self.target) and all(
-            name in row and (row[name] >= bound if mode == "max" else row[name] <= bound)
-            for name, (bound, mode) in self.target.items()
-        )
+        return bool(self.target) and all(bound.metric in row and bound.excess(row) <= 0 for bound in self.target)
 
 
 class Ledger:

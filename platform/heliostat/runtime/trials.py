@@ -51,7 +51,7 @@ class SearchOutcome:
     trials: tuple[TrialRecord, ...]
     """Every trial, in the order in which they were suggested."""
     best: TrialRecord
-    """By the first objective, of equals in that by the next."""
+    """By the first objective, of equals in that by the next; within the limits."""
     front: tuple[TrialRecord, ...]
     """Those that no other is better than in one objective and as good as in all: the Pareto set, `best` among them."""
     ended_by: Cause
@@ -82,7 +82,7 @@ def search(
     then makes the suggestions that it would have made uninterrupted. `retries` is how often a trial begins anew after
     its process died; what the user's code raises is that trial's end. `provider` has the data built once for all;
     without one each process builds its own. With `folds` a trial is cross-validated on parts of `train`, and its
-    figures are means. Raises StageError when no trial succeeds, ResourceError when none can ever fit,
+    figures are means. Raises StageError when no trial succeeds within the limits, ResourceError when none can ever fit,
     and KeyboardInterrupt when `cancel` is set; the journal is intact then.
     """
     metric, mode = objectives.first.metric, objectives.first.mode
@@ -126,12 +126,19 @@ def concurrent_trials(resources: Resources) -> int:
 
 
 def _choose(trials: Sequence[TrialRecord], objectives: Objectives) -> tuple[TrialRecord, tuple[TrialRecord, ...]]:
-    """The best of the trials, and those on the front. Raises StageError when all have failed."""
+    """The best of the trials, and the front. Raises StageError when all have failed, or none is within the limits."""
     by_id = {trial.id: trial for trial in trials}
     good = {trial.id: trial.metrics for trial in trials if trial.status != "failed"}
+    if not good:
+        raise StageError(f"all {len(trials)} trials failed\n{commonest(trial.reason or '' for trial in trials)}")
     best = objectives.best(good)
     if best is None:
-        raise StageError(f"all {len(trials)} trials failed\n{commonest(trial.reason or '' for trial in trials)}")
+        closest = by_id[objectives.closest(good)]
+        figures = ", ".join(f"{limit.metric} {closest.metrics[limit.metric]:.4g}" for limit in objectives.limits)
+        raise StageError(
+            f"none of {len(good)} trials is within the limits: {', '.join(map(str, objectives.limits))}; "
+            f"the closest is {closest.id}, with {figures}: {json.dumps(closest.params)}"
+        )
     return by_id[best], tuple(by_id[trial] for trial in objectives.front(good))
 
 

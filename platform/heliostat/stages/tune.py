@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from heliostat.core.artifact import write_json
 from heliostat.core.capacity import Need
-from heliostat.core.objective import Mode, Objective, Objectives
+from heliostat.core.objective import Bound, Mode, Objective, Objectives
 from heliostat.core.paths import overlay, why_not_a_path
 from heliostat.core.space import (
     Choice,
@@ -57,9 +57,10 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     yield from _check_folds(config, view)
     if config.exhaustive:
         yield from _check_grid(config, space)
-    yield from _checkobjectives_of(config, view)
-    for metric in config.stop_when:
-        yield from check_metric(metric, view, place=f"config.stop_when.{metric}", more=COSTS)
+    yield from _check_objectives(config, view)
+    for field in ("limits", "stop_when"):
+        for metric in getattr(config, field):
+            yield from check_metric(metric, view, place=f"config.{field}.{metric}", more=COSTS)
 
 
 def _check_grid(config: TuneConfig, space: Space) -> Iterator[str]:
@@ -78,7 +79,7 @@ def _check_grid(config: TuneConfig, space: Space) -> Iterator[str]:
         yield f"config.trials: a grid runs each of its {size} points, not {config.trials}; leave it out"
 
 
-def _checkobjectives_of(config: TuneConfig, view: ConfigView) -> Iterator[str]:
+def _check_objectives(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     from heliostat.runtime.engines import engines
 
     if config.objective and config.objectives:
@@ -190,6 +191,7 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
             "algorithm": algorithm,
             "why": reason,
             "objectives": [vars(objective) for objective in objectives.ordered],
+            "limits": [vars(limit) for limit in objectives.limits],
             "ended_by": outcome.ended_by,
             "best_trial": outcome.best.id,
             "front": [
@@ -208,15 +210,13 @@ def _search(
     from heliostat.runtime.trials import search
 
     algorithm, trials, _ = config.method
-    modes = context.task.metric_modes
-    target = {name: (bound, _mode(name, modes)) for name, bound in config.stop_when.items()}
     asha = config.scheduler.asha if config.scheduler else None
     assert context.cancel is not None
     return search(
         context.task,
         space=Space.parse(config.space),
         algorithm=algorithm,
-        budget=Budget(trials, config.wall_time_s, target),
+        budget=Budget(trials, config.wall_time_s, _bounds(config.stop_when, context.task.metric_modes)),
         train=config.train,
         objectives=objectives,
         scheduler=AshaSettings(asha.grace_epochs, asha.reduction_factor) if asha else None,
@@ -236,7 +236,12 @@ def objectives_of(config: TuneConfig, modes: Mapping[str, Mode]) -> Objectives:
     """What is stated, else the first of the task's metrics on validation, else the loss there."""
     first = next((name for name in modes if name.startswith("val_") and name != "val_loss"), "val_loss")
     aims = config.aims or (ObjectiveConfig(metric=first),)
-    return Objectives(tuple(Objective(aim.metric, aim.mode or _mode(aim.metric, modes)) for aim in aims))
+    ordered = tuple(Objective(aim.metric, aim.mode or _mode(aim.metric, modes)) for aim in aims)
+    return Objectives(ordered, _bounds(config.limits, modes))
+
+
+def _bounds(stated: Mapping[str, float], modes: Mapping[str, Mode]) -> tuple[Bound, ...]:
+    return tuple(Bound(metric, value, _mode(metric, modes)) for metric, value in stated.items())
 
 
 def _mode(metric: str, modes: Mapping[str, Mode]) -> Mode:

@@ -84,6 +84,9 @@ class TuneConfig(Spec):
     ) = None
     """Several, as `[{val_accuracy: max}, {latency_ms: min}]`: the record has the Pareto set. The best of it, which goes
     on to training, is the best in the first; equals in that are told apart by the next. A scheduler sees the first."""
+    limits: dict[str, Number] = Field(default_factory=dict)
+    """What a metric may be at most, or at least if more of it is better. No trial beyond one is the best, or on the
+    front; a search in which none is within fails, and names the closest."""
     scheduler: Annotated[SchedulerConfig | None, BeforeValidator(_to_scheduler)] = None
     folds: Annotated[Integer, Field(ge=2)] | None = None
     """Cross-validate: `train` is cut into so many parts, each held out by one of as many trainings of a trial."""
@@ -133,4 +136,6 @@ class TuneConfig(Spec):
         enough = f"{trials} trials suffice to learn where the space is good"
         if len(self.aims) > 1:
             return "optuna_tpe", trials, f"{enough}, and unlike bayesian it takes several objectives"
+        if self.limits:
+            return "optuna_tpe", trials, f"{enough}, and unlike bayesian it models how far beyond the limits a trial is"
         return "bayesian", trials, enough

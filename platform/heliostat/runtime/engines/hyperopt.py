@@ -2,7 +2,7 @@
 
 A label is a dimension's way through the options of the space. An option goes through HyperOpt as its index: it would
 make `{}` of lists and dicts. Of a whole number it draws a real one, whose floor is taken: its own whole numbers have
-the ends half as often as the rest.
+the ends half as often as the rest. It knows no limits: what is beyond one counts as worse than anything within.
 """
 
 import math
@@ -52,7 +52,7 @@ class _HyperOpt:
         return self._space.point(lambda label, dimension: drawn[label])
 
     def observe(self, trial: str, costs: Costs | None) -> None:
-        result = None if costs is None else {"cost": costs.objectives[0]}
+        result = None if costs is None else {"cost": costs.objectives[0] if costs.within else math.inf}
         self._search.on_trial_complete(trial, result=result, error=costs is None)
 
 

@@ -1,7 +1,7 @@
 """`optuna_tpe`: tree-structured Parzen estimators by Optuna, with its defaults (Watanabe, 2023,
 https://arxiv.org/abs/2304.11127), and of several objectives (Ozaki et al., 2022, https://doi.org/10.1613/jair.1.13188).
 
-By default it also keeps away from what runs at the moment (`constant_liar`).
+By default it also keeps away from what runs at the moment (`constant_liar`). Limits are constraints to it.
 Optuna asks for a dimension's distribution when the point comes to it, so a conditional one is asked for only where it
 exists. An option goes through Optuna as its index, a normally distributed number as its quantile.
 """
@@ -53,6 +53,8 @@ class _Optuna:
         if costs is None:
             self._study.tell(asked, state=TrialState.FAIL)
         else:
+            for index, excess in enumerate(costs.excess):
+                asked.set_constraint(f"limit {index}", excess)
             self._study.tell(asked, costs.objectives)
 
 
