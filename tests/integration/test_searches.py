@@ -82,6 +82,21 @@ def test_nothing_in_the_store_is_corrupt_or_there_twice(story):
     assert [e["id"] for e in events if e["event"] == "ended"] == [trial["id"] for trial in story.trials]
 
 
+@pytest.mark.slow
+def test_two_pipelines_share_a_store_at_the_same_time(toy, heliostat):
+    document = toy.document
+    document["stages"] = search_and_train("target", TARGET)
+    files = [toy.write({**document, "name": name}, f"{name}.yaml") for name in ("toy", "other")]
+    processes = [heliostat.start("run", file, "--json") for file in files]
+    ended = [(process.communicate(timeout=200), process.returncode) for process in processes]
+    assert [code for _, code in ended] == [0, 0], ended
+    assert not any("waiting for it to end" in err for (_, err), _ in ended)
+    with sqlite3.connect(toy.folder / ".heliostat" / "mlflow.db") as database:
+        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert database.execute("SELECT status, count(*) FROM runs GROUP BY status").fetchall() == [("FINISHED", 8)]
+    assert not list(toy.folder.glob(".heliostat/spool/*.jsonl"))
+
+
 # --- searches that end early -------------------------------------------------------------------------
 
 
