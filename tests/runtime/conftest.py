@@ -23,14 +23,14 @@ TOY = """
     from torch import nn
     from torch.utils.data import TensorDataset
 
-    def build_model(width=4, fail=None, once=None, builds=None, sleep_s=0.0, same=False):
+    def build_model(width=4, fail=None, once=None, hang=None, builds=None, sleep_s=0.0, same=False):
         if builds:
             with open(builds, "a") as file:
                 file.write("built\\n")
-        if once and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+        if (once or hang) and int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1:
             try:
-                open(once, "x").close()
-                os.kill(os.getpid(), signal.SIGKILL)  # the last worker, the first time
+                open(once or hang, "x").close()  # the last worker, the first time
+                os.kill(os.getpid(), signal.SIGKILL) if once else time.sleep(600)
             except FileExistsError:
                 pass
         if fail == "raise":

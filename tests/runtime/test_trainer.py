@@ -13,11 +13,11 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.fixture
 def train(task, root, tmp_path, reporter):
-    def train(workers=1, retries=0, cancel=None, **config):
+    def train(workers=1, retries=0, cancel=None, hang_timeout_s=1800, **config):
         return train_workers(
             task,
             TrainConfig(**{"epochs": 2, "batch_size": 16} | config),
-            resources=Resources(workers=workers),
+            resources=Resources(workers=workers, hang_timeout_s=hang_timeout_s),
             seed=0,
             root=root,
             folder=tmp_path,
@@ -101,6 +101,15 @@ def test_a_worker_that_died_is_started_again(train, tmp_path):
 def test_several_workers_are_started_again_after_one_of_them_died(train, tmp_path):
     assert train(workers=2, retries=1, model_args={"once": str(tmp_path / "once")}).epochs == 2
     assert (tmp_path / "once").exists()
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_counts_as_dead(train, tmp_path):
+    hanging = {"hang": str(tmp_path / "hang")}
+    with pytest.raises(StageError, match=r"worker 0 lost a peer: .*Timed out waiting 3000ms"):
+        train(workers=2, hang_timeout_s=3, model_args=hanging)
+    (tmp_path / "hang").unlink()
+    assert train(workers=2, retries=1, hang_timeout_s=3, model_args=hanging).epochs == 2
 
 
 @pytest.mark.slow

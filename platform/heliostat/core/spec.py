@@ -125,6 +125,8 @@ class Resources(Spec):
     """The kind of accelerator that a worker's node must have, by Ray's name: `A100`, `T4`."""
     placement: Literal["pack", "spread"] = "pack"
     """Workers that train together go to few nodes, or to as many as there are."""
+    hang_timeout_s: Count = 1800
+    """How long a worker waits for the others of its training before one of them counts as dead."""
     max_concurrent_trials: Count | None = None
     keep_checkpoints: Count = 2
     """So many of the newest checkpoints stay, besides the best epoch known to each."""

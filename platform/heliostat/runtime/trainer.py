@@ -171,7 +171,9 @@ def _fit_once(work: TrainWork) -> Any:
             resources_per_worker=resources.per_worker,
             placement_strategy=resources.placement.upper(),
         ),
-        torch_config=TorchConfig(backend="nccl" if resources.gpus_per_worker >= 1 else "gloo"),
+        torch_config=TorchConfig(
+            backend="nccl" if resources.gpus_per_worker >= 1 else "gloo", timeout_s=resources.hang_timeout_s
+        ),
         run_config=RunConfig(name="train", storage_path=str(work.folder / "ray")),
     )
     try:
@@ -212,5 +214,5 @@ def _the_cause(failures: Mapping[int, Exception]) -> HeliostatError:
 
 
 def _lost_a_peer(failure: Exception) -> bool:
-    """Whether it is gloo's word for it: `Connection closed by peer`, or `reset`."""
-    return "by peer" in str(failure)
+    """Whether it is gloo's word for it: `Connection closed by peer`, or `reset`, or that a peer did not answer."""
+    return "by peer" in str(failure) or "Timed out waiting" in str(failure)
