@@ -1,3 +1,5 @@
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ def save(folder: Path, *best_flags: bool) -> Checkpoints:
     checkpoints = Checkpoints(folder)
     for epoch, is_best in enumerate(best_flags, start=1):
         checkpoints.save({"epoch": epoch, "weight": torch.full((50,), float(epoch))}, epoch=epoch, is_best=is_best)
+    checkpoints.flush()
     return checkpoints
 
 
@@ -75,10 +78,34 @@ def test_loading_never_runs_code(tmp_path: Path) -> None:
         checkpoints.latest()
 
 
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    goes_on = threading.Event()
+    wait_and_write = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (goes_on.wait(30), wait_and_write(descriptor)))
+    weight, checkpoints = torch.zeros(3), Checkpoints(tmp_path)
+    checkpoints.save({"epoch": 1, "weight": weight}, epoch=1, is_best=True)
+    weight += 1  # the next step changes the weights in place
+    assert not list(tmp_path.glob("epoch-*.pt"))
+    goes_on.set()
+    saved = checkpoints.latest()
+    assert saved is not None
+    assert torch.equal(saved["weight"], torch.zeros(3))
+
+
+def test_what_went_wrong_with_a_checkpoint_is_raised_when_it_is_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    checkpoints = Checkpoints(tmp_path / "file")
+    checkpoints.save({"epoch": 1}, epoch=1, is_best=True)
+    with pytest.raises(FileExistsError):
+        checkpoints.save({"epoch": 2}, epoch=2, is_best=True)
+    checkpoints.flush()
+
+
 def test_as_many_are_kept_as_asked_for(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=3)
     for epoch in range(1, 7):
         checkpoints.save({"epoch": epoch}, epoch=epoch, is_best=epoch == 2)
+    checkpoints.flush()
     assert kept_epochs(tmp_path) == [2, 4, 5, 6]
 
 

@@ -4,6 +4,9 @@ One is called `epoch-00007.best.0f3a…`: `best` marks an epoch that was the bes
 content's sha256. It is a file (`.pt`), or a folder where the model is spread over workers. It is written aside, synced
 and renamed, so a crash leaves no half of one under that name; one that was damaged later is noticed by its digest, and
 the one before is used. Files are unpickled as tensors and plain values only.
+
+A file is written by a thread while training goes on from the state that was copied for it. A folder is not: its parts
+lie with all workers, and none may change its own before every other has written.
 """
 
 import hashlib
@@ -12,8 +15,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,18 +39,49 @@ class _File(NamedTuple):
     path: Path
 
 
+class _Writer:
+    """A thread with one thing to write at a time."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._writing: Future[None] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Begin, when what was begun before is written."""
+        self.finish()
+        self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing = self._pool.submit(write)
+
+    def finish(self) -> None:
+        """Wait for what was begun. Raises what went wrong with it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """Reads and writes a folder. One process writes: rank 0. The newest `keep` stay."""
 
     folder: Path
     keep: int = Resources().keep_checkpoints
+    _writer: _Writer = field(default_factory=_Writer, repr=False, compare=False)
 
     def save(self, state: State, *, epoch: int, is_best: bool) -> None:
-        """Write the state (tensors and plain values) after `epoch`, then delete what is no longer needed."""
+        """Copy the state (tensors and plain values) after `epoch`, and write it while the caller goes on.
+
+        Raises what went wrong with the one before.
+        """
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        content = buffer.getbuffer()
+        self._writer.start(partial(self._write, buffer.getbuffer(), epoch=epoch, is_best=is_best))
+
+    def flush(self) -> None:
+        """Wait until all that was saved is on the disk. Raises OSError when it did not get there."""
+        self._writer.finish()
+
+    def _write(self, content: memoryview, *, epoch: int, is_best: bool) -> None:
+        """Write a checkpoint, then delete what is no longer needed."""
         name = _name(epoch, is_best, hashlib.sha256(content).hexdigest()) + ".pt"
         self.folder.mkdir(parents=True, exist_ok=True)
         _write_atomically(self.folder / name, content)
@@ -65,10 +101,12 @@ class Checkpoints:
 
     def latest(self) -> State | None:
         """The newest checkpoint that is intact."""
+        self.flush()
         return next((_load(file) for file in _intact(self._files())), None)
 
     def best(self) -> State | None:
         """The newest intact checkpoint that was the best when it was written."""
+        self.flush()
         return next((_load(file) for file in _intact(file for file in self._files() if file.is_best)), None)
 
     def newest_folders(self) -> tuple[Path, Path] | None:

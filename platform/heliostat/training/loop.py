@@ -67,13 +67,17 @@ def fit(
         after_step=after_step,
     )
     verdict: bool | None = None
-    while True:
-        try:
-            epoch, row = epochs.send(verdict)
-        except StopIteration as ended:
-            fitted: Fit = ended.value
-            return fitted
-        verdict = on_epoch(epoch, row) if on_epoch is not None else None
+    try:
+        while True:
+            try:
+                epoch, row = epochs.send(verdict)
+            except StopIteration as ended:
+                fitted: Fit = ended.value
+                return fitted
+            verdict = on_epoch(epoch, row) if on_epoch is not None else None
+    finally:
+        if checkpoints is not None:
+            checkpoints.flush()
 
 
 def train_epochs(

@@ -159,8 +159,12 @@ def run_user_loop(
         config, objective=build_objective(task), world=world, on_epoch=on_epoch, checkpoints=checkpoints
     )
     seed_everything(seed)
-    with suppress(StopTraining):
-        train_fn(context, config)
+    try:
+        with suppress(StopTraining):
+            train_fn(context, config)
+    finally:
+        if checkpoints is not None:
+            checkpoints.flush()
     return context.result(require_checkpoint=require_checkpoint)
 
 
