@@ -202,6 +202,7 @@ def finished(tmp_path_factory, toy_in, heliostat_in) -> Finished:
     """The standard pipeline, trained by two workers, with two models more, run once and from another folder."""
     toy = toy_in(tmp_path_factory.mktemp("finished") / "toy")
     document = toy.document
+    document["stages"][0]["config"]["scheduler"] = "asha"
     document["stages"][1]["resources"] = {"workers": 2}
     best = document["stages"].pop()
     document["stages"] += [

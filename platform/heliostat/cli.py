@@ -236,7 +236,8 @@ def show(
     storage: Storage = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
-    """Show one run, or one node: its metrics, parameters, inputs and files."""
+    """Show one run, or one node: its metrics, parameters, inputs, files, and what its stage found out."""
+    from heliostat.report.details import detail_tables
     from heliostat.report.documents import record_document
     from heliostat.report.runs import find
     from heliostat.report.text import table_of
@@ -257,10 +258,8 @@ def show(
     for part in ("metrics", "params", "inputs", "files", "versions"):
         if document[part]:
             console.print(table_of((part, ""), list(document[part].items())))
-    front = document["details"].get("front", ())
-    if len(front) > 1:
-        console.print("front: the trials that no other is better than in every objective", style="bold")
-        console.print(table_of(list(front[0]), [list(trial.values()) for trial in front]))
+    for table in detail_tables(document["details"], width=console.width):
+        console.print(table)
 
 
 @app.command()

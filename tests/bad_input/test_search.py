@@ -164,6 +164,26 @@ SEARCH = "stages[0] (search).config.space"
             "stages[0] (search).config.wall_time_s: input should be greater than 0, not 0",
         ),
         (
+            {"stages/search/config/scheduler": "medain"},
+            "stages[0] (search).config.scheduler: unknown scheduler 'medain'; did you mean 'median'?",
+        ),
+        (
+            {"stages/search/config/scheduler": {"medain": {}}},
+            "stages[0] (search).config.scheduler.medain: unknown field; did you mean 'median'?",
+        ),
+        (
+            {"stages/search/config/scheduler": {"median": {"min_trial": 3}}},
+            "stages[0] (search).config.scheduler.median.min_trial: unknown field; did you mean 'min_trials'?",
+        ),
+        (
+            {"stages/search/config/scheduler": {"median": {}, "asha": {}}},
+            "stages[0] (search).config.scheduler: name one of asha and median, or `none`",
+        ),
+        (
+            {"stages/search/config/scheduler": {}},
+            "stages[0] (search).config.scheduler: name one of asha and median, or `none`",
+        ),
+        (
             {"stages/search/config/algorithm": "bayes"},
             "stages[0] (search).config.algorithm: unknown algorithm 'bayes'; did you mean 'bayesian'?",
         ),

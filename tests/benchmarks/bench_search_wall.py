@@ -90,8 +90,8 @@ def train(folder: Path, todo: Any, ready: Any, seed: int) -> None:
     from heliostat.core.paths import overlay
     from heliostat.core.spec import Task
     from heliostat.training.config import TrainConfig
+    from heliostat.training.isolation import fresh_process_state
     from heliostat.training.run import run_training
-    from heliostat.training.seeding import fresh_process_state
     from heliostat.training.task import build_data
     from heliostat.training.world import World
 

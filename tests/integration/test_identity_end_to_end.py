@@ -112,7 +112,7 @@ def test_the_python_form_reuses_what_the_file_made(copy, monkeypatch):
     import toy
 
     space = {"optimizer.lr": {"loguniform": [0.001, 0.1]}, "model_args.width": {"choice": [8, 16]}}
-    tune = TuneConfig(algorithm="bayesian", trials=4, space=space, train=TrainConfig(epochs=2))
+    tune = TuneConfig(algorithm="bayesian", trials=4, space=space, train=TrainConfig(epochs=2), scheduler="asha")
     magnitude = PruneConfig(method="magnitude", sparsity=0.5, finetune_epochs=1)
     candidates = ("train", "prune", "student", "int8")
     pipeline = Pipeline(

@@ -227,6 +227,19 @@ def tree(finished, mlflow):
     return {run.info.run_name: run for run in runs}, client
 
 
+def test_a_search_tells_what_happened_at_each_rung(finished, heliostat):
+    details = finished.record("search")["details"]
+    trials = json.loads((finished.path("search") / "trials.json").read_text())
+    stopped = [trial["verdicts"][-1]["epoch"] for trial in trials if trial["status"] == "stopped"]
+    assert [(rung["epoch"], rung["reached"], rung["stopped"]) for rung in details["rungs"]] == [
+        (1, 4, len(stopped)),
+        (2, 4 - len(stopped), 0),
+    ]
+    shown = heliostat("show", "search", "--storage", finished.store).stdout
+    assert re.search(r"epoch +reached +stopped +lowest_cut +highest_cut", shown)
+    assert re.search(rf"^ +2 +{4 - len(stopped)} +0 *$", shown, re.MULTILINE)
+
+
 def test_the_history_is_one_tree_of_pipeline_stages_and_trials(finished, tree):
     runs, _ = tree
     top = runs["toy"]

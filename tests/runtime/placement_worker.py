@@ -12,6 +12,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
+from heliostat.core.objective import Objective, Objectives
 from heliostat.core.space import Space
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Unheard
@@ -73,7 +74,7 @@ def main(folder: Path) -> None:
             algorithm="random",
             budget=Budget(3),
             train=TrainConfig(epochs=1),
-            objective=("val_loss", "min"),
+            objectives=Objectives((Objective("val_loss", "min"),)),
             scheduler=None,
             seed=0,
             resources=resources,

@@ -8,8 +8,6 @@ import pytest
 from heliostat.core.objective import Costs
 from heliostat.core.space import Space
 from heliostat.runtime.engines import engines
-from heliostat.runtime.journal import TrialRecord
-from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
 
 SPACE = Space.parse(
     {
@@ -143,19 +141,3 @@ def test_grid_search_tries_every_point_once_and_ends():
 def test_a_search_of_constants_alone_suggests_them(algorithm):
     engine = make_engine(algorithm, space=Space.parse({"a": 1}), seed=0, trials=2)
     assert engine.suggest("1") == {"a": 1}
-
-
-@pytest.mark.parametrize(
-    ("grace", "factor", "epochs", "expected"),
-    [(1, 3, 9, [1, 3, 9]), (2, 2, 9, [2, 4, 8]), (5, 3, 4, [4]), (1, 10, 1000, [1, 10, 100, 1000])],
-)
-def test_rungs_are_epochs_that_grow_by_the_reduction_factor(grace, factor, epochs, expected):
-    assert rungs(AshaSettings(grace, factor), epochs=epochs) == expected
-
-
-def test_a_scheduler_that_remembers_stops_what_one_that_saw_it_all_would_stop():
-    scheduler = Asha(AshaSettings(1, 2), epochs=4, mode="max")
-    history = [(1, {"acc": 0.9}), (2, {"acc": 0.95}), (3, {"acc": 0.95}), (4, {"acc": 0.96})]
-    scheduler.remember([TrialRecord("0001", {}, "done", {}, 4, None, 0.0, history)], rungs=[1, 2, 4], metric="acc")
-    (bracket,) = scheduler._brackets
-    assert {epoch: list(shown.values()) for epoch, shown in bracket._rungs} == {1: [0.9], 2: [0.95], 4: [0.96]}

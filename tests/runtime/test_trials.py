@@ -12,7 +12,7 @@ from heliostat.core.spec import Resources, Task
 from heliostat.errors import ResourceError, StageError
 from heliostat.runtime.journal import Journal
 from heliostat.runtime.ledger import trial_seed
-from heliostat.runtime.scheduling import AshaSettings
+from heliostat.runtime.scheduling import AshaSettings, MedianSettings
 from heliostat.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -154,7 +154,7 @@ def test_rows_arrive_while_a_long_trial_still_runs(run, reporter):
         assert isinstance(searching.exception(timeout=20), KeyboardInterrupt)
 
 
-@pytest.mark.parametrize("scheduler", [None, AshaSettings(1, 2)])
+@pytest.mark.parametrize("scheduler", [None, AshaSettings(1, 2), MedianSettings(2, 2)])
 def test_an_interrupted_search_makes_the_suggestions_of_an_uninterrupted_one(run, tmp_path, scheduler):
     settings = {
         "algorithm": "bayesian",
@@ -176,7 +176,8 @@ def test_an_interrupted_search_makes_the_suggestions_of_an_uninterrupted_one(run
     assert [(t.id, t.params, t.status, t.epochs) for t in resumed.trials] == [
         (t.id, t.params, t.status, t.epochs) for t in whole.trials
     ]
-    assert resumed.best.id == whole.best.id
+    assert (resumed.best.id, resumed.rungs) == (whole.best.id, whole.rungs)
+    assert [t.verdicts for t in resumed.trials] == [t.verdicts for t in whole.trials]
     assert [event["id"] for event in events(tmp_path / "torn", "restarted")] == ["0006"]
     assert len(events(tmp_path / "torn", "ended")) == 8
 

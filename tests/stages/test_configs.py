@@ -6,7 +6,7 @@ import heliostat
 from heliostat import TuneConfig
 from heliostat.core.spec import Resources
 from heliostat.core.stage import find_kind
-from heliostat.stages.tune_config import SchedulerConfig
+from heliostat.stages.tune_config import AshaConfig, MedianConfig, SchedulerConfig
 
 CONTINUOUS = {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}}
 SMALL = {"batch_size": {"choice": [16, 32]}, "model_args.width": {"choice": [4, 8]}}
@@ -57,7 +57,8 @@ def test_what_a_stage_needs_at_once(uses, needs):
 
 
 def test_a_scheduler_may_be_named_by_one_word():
-    assert TuneConfig(space=SMALL, scheduler="asha").scheduler == SchedulerConfig()
+    assert TuneConfig(space=SMALL, scheduler="asha").scheduler == SchedulerConfig(asha=AshaConfig())
+    assert TuneConfig(space=SMALL, scheduler="median").scheduler.chosen == ("median", MedianConfig())
     assert TuneConfig(space=SMALL, scheduler="none").scheduler is None
 
 

@@ -33,11 +33,14 @@ LARGE = {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}}
 def explained(toy):
     """What the plan says of a search with this config, on `at_once` trials at a time."""
 
-    def explain(*, at_once=2, **config):
+    def explain(*, at_once=2, cpus_per_worker=1, gpus_per_worker=0.0, **config):
+        resources = {
+            "max_concurrent_trials": at_once,
+            "cpus_per_worker": cpus_per_worker,
+            "gpus_per_worker": gpus_per_worker,
+        }
         document = toy.document
-        document["stages"] = [
-            {"name": "search", "uses": "tune", "config": config, "resources": {"max_concurrent_trials": at_once}}
-        ]
+        document["stages"] = [{"name": "search", "uses": "tune", "config": config, "resources": resources}]
         return plan(load_pipeline(toy.write(document))).node("search").explained
 
     return explain
@@ -68,14 +71,26 @@ def test_the_plan_shows_which_algorithm_a_search_takes_and_why(explained, config
 
 
 @pytest.mark.parametrize(
-    ("asha", "more", "expected"),
+    ("scheduler", "at_once", "expected"),
     [
-        ({"grace_epochs": 4}, {}, "asha saves nothing: no trial stops within 4 epochs, and 4 are all there are"),
-        ({"reduction_factor": 9}, {}, "asha has nothing to choose from: it keeps one trial in 9 of 8"),
-        ({}, {"at_once": 8}, "asha saves little: all 8 trials run at once"),
-        ({}, {}, None),
+        ({"asha": {"grace_epochs": 4}}, 2, "asha saves nothing: no trial stops within 4 epochs, and 4 are all"),
+        ({"asha": {"reduction_factor": 9}}, 2, "asha has nothing to choose from: it keeps one trial in 9 of 8"),
+        ("asha", 8, "asha saves little: all 8 trials may run at once"),
+        ("asha", 2, None),
+        ({"median": {"grace_epochs": 5}}, 2, "median saves nothing: no trial stops within 5 epochs, and 4 are all"),
+        ({"median": {"min_trials": 8}}, 2, "median stops nothing: it compares a trial with 8 others, and there are 7"),
+        ("median", 8, "median saves little: all 8 trials may run at once"),
+        ({"median": {"min_trials": 7}}, 2, None),
+        ("none", 8, None),
     ],
 )
-def test_the_plan_warns_of_an_asha_that_stops_nothing(explained, asha, more, expected):
-    found = explained(space=LARGE, trials=8, train={"epochs": 4}, scheduler={"asha": asha}, **more).get("scheduler")
+def test_the_plan_warns_of_a_scheduler_that_stops_nothing(explained, scheduler, at_once, expected):
+    told = explained(space=LARGE, trials=8, train={"epochs": 4}, scheduler=scheduler, at_once=at_once)
+    found = told.get("scheduler")
     assert found is None if expected is None else found.startswith(expected)
+
+
+@pytest.mark.parametrize(("gpus", "warned"), [(0.0, True), (0.5, False)])
+def test_how_many_trials_run_at_once_on_unknown_gpus_is_not_guessed(explained, gpus, warned):
+    told = explained(space=LARGE, trials=4, scheduler="asha", at_once=None, cpus_per_worker=0.01, gpus_per_worker=gpus)
+    assert ("scheduler" in told) == warned

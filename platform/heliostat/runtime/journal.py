@@ -37,6 +37,8 @@ class TrialRecord:
     reason: str | None
     seconds: float
     history: Sequence[Row] = field(default=(), repr=False)
+    verdicts: Sequence["Judged"] = field(default=(), repr=False)
+    """One for each epoch after which a scheduler compared it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,17 @@ class Suggested:
 class Reported:
     id: str
     rows: Sequence[Row]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A scheduler held `value` against `cut`, and the trial went on or was stopped. Without a cut it goes on."""
+
+    id: str
+    epoch: int
+    value: float
+    cut: float | None
+    stopped: bool
 
 
 @dataclass(frozen=True)
@@ -66,8 +79,8 @@ class Ended:
     seconds: float
 
 
-Event = Suggested | Reported | Restarted | Ended
-_KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in (Suggested, Reported, Restarted, Ended)}
+Event = Suggested | Reported | Judged | Restarted | Ended
+_KINDS: dict[str, type[Any]] = {kind.__name__.lower(): kind for kind in (Suggested, Reported, Judged, Restarted, Ended)}
 
 
 class Journal:
@@ -139,9 +152,11 @@ class Standing:
     def apply(self, event: Event, objectives: Objectives) -> None:
         match event:
             case Suggested(id, params):
-                self.open[id] = TrialRecord(id, params, "failed", {}, 0, None, 0.0, [])
+                self.open[id] = TrialRecord(id, params, "failed", {}, 0, None, 0.0, [], [])
             case Restarted(id):
-                self.open[id] = replace(self.open[id], history=[])
+                self.open[id] = replace(self.open[id], history=[], verdicts=[])
+            case Judged(id):
+                self.open[id] = replace(self.open[id], verdicts=[*self.open[id].verdicts, event])
             case Reported(id, rows):
                 self.open[id] = replace(self.open[id], history=[*self.open[id].history, *rows])
             case Ended(id, status, reason, seconds):

@@ -21,6 +21,7 @@ from heliostat.runtime.journal import (
     Ended,
     Event,
     Journal,
+    Judged,
     Reported,
     Restarted,
     Row,
@@ -157,6 +158,9 @@ class Ledger:
     def rows(self, trial: str, rows: Sequence[Row]) -> None:
         if rows:
             self._record(Reported(trial, rows))
+
+    def judged(self, verdict: Judged) -> None:
+        self._record(verdict)
 
     def ended(self, trial: str, status: Status, reason: str | None) -> None:
         """A trial came to its end. One that never reported all that it is judged by has failed."""

@@ -33,7 +33,7 @@ from heliostat.runtime.engines import engines
 from heliostat.runtime.failures import commonest
 from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Budget, Cause, Ledger
-from heliostat.runtime.scheduling import Asha, AshaSettings, rungs
+from heliostat.runtime.scheduling import Rung, Scheduler, Settings, make_scheduler, rung_table
 from heliostat.runtime.session import cluster_capacity
 from heliostat.runtime.shared_data import DataProvider
 from heliostat.runtime.tasks import why_it_died
@@ -48,6 +48,8 @@ _registering = threading.Lock()
 
 @dataclass(frozen=True)
 class SearchOutcome:
+    """What a search found out."""
+
     trials: tuple[TrialRecord, ...]
     """Every trial, in the order in which they were suggested."""
     best: TrialRecord
@@ -55,6 +57,8 @@ class SearchOutcome:
     front: tuple[TrialRecord, ...]
     """Those that no other is better than in one objective and as good as in all: the Pareto set, `best` among them."""
     ended_by: Cause
+    rungs: tuple[Rung, ...] = ()
+    """Each epoch after which trials were compared, and the last one; empty without a scheduler."""
 
 
 def search(
@@ -65,7 +69,7 @@ def search(
     budget: Budget,
     train: TrainConfig,
     objectives: Objectives,
-    scheduler: AshaSettings | None,
+    scheduler: Settings | None,
     seed: int,
     resources: Resources,
     root: Path,
@@ -88,26 +92,26 @@ def search(
     metric, mode = objectives.first.metric, objectives.first.mode
     concurrent = concurrent_trials(resources)
     engine = engines()[algorithm].make(space, num_objectives=len(objectives.ordered), seed=seed, trials=budget.trials)
-    compared_at = tuple(rungs(scheduler, epochs=train.epochs)) if scheduler else ()
+    judge = make_scheduler(scheduler, epochs=train.epochs, mode=mode) if scheduler else None
+    compared_at = judge.compared_at if judge else ()
     journal = Journal(folder / "journal.jsonl")
     try:
         ledger = Ledger(engine, journal, reporter, budget=budget, seed=seed, objectives=objectives)
         if not ledger.over:
-            asha = None
-            if scheduler:
-                asha = Asha(scheduler, epochs=train.epochs, mode=mode)
-                asha.remember(ledger.standing.ended.values(), rungs=compared_at, metric=metric)
+            if judge:
+                judge.remember(ledger.standing.ended.values(), metric=metric)
             shared = provider.shared if provider else None
             work = TrialWork(task, train, folds, seed, metric, compared_at, root, folder, resources, shared, retries)
             searcher = _TuneSearcher(ledger, provider, train)
-            _run_interruptibly(searcher, work, asha, concurrent=min(concurrent, ledger.left), cancel=cancel)
+            _run_interruptibly(searcher, work, judge, concurrent=min(concurrent, ledger.left), cancel=cancel)
         ended_by = ledger.over or "trials"  # a grid may have fewer points than there were trials to spend
         ledger.end_open()
     finally:
         journal.close()
     trials = sorted(ledger.standing.ended.values(), key=lambda trial: trial.id)
     best, front = _choose(trials, objectives)
-    return SearchOutcome(tuple(trials), best, front, ended_by)
+    table = rung_table(trials, epochs=(*compared_at, train.epochs)) if judge else ()
+    return SearchOutcome(tuple(trials), best, front, ended_by, tuple(table))
 
 
 def concurrent_trials(resources: Resources) -> int:
@@ -171,13 +175,15 @@ class _TuneSearcher(Searcher):  # type: ignore[misc]
 class _TuneCallback(tune.Callback):  # type: ignore[misc]
     """Tells the ledger, and leaves little of a trial behind: Tune holds every trial until the search ends."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    def __init__(self, ledger: Ledger, judge: Scheduler | None) -> None:
+        self._ledger, self._judge = ledger, judge
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         self._ledger.rows(trial.config["trial"], result.pop("rows"))
+        if self._judge and (verdict := self._judge.take_verdict()):
+            self._ledger.judged(verdict)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         outcome = trial.last_result.get("outcome", "stopped")
@@ -200,11 +206,11 @@ def _why_lost(trial: Trial) -> str:
 
 
 def _run_interruptibly(
-    searcher: _TuneSearcher, work: TrialWork, asha: Asha | None, *, concurrent: int, cancel: threading.Event
+    searcher: _TuneSearcher, work: TrialWork, judge: Scheduler | None, *, concurrent: int, cancel: threading.Event
 ) -> None:
     """Tune in a thread of its own: there it leaves signals alone, and this thread can be interrupted at once."""
     with ThreadPoolExecutor(1, thread_name_prefix="tune") as pool:
-        running = pool.submit(_run_tune, searcher, work, asha, concurrent=concurrent, cancel=cancel)
+        running = pool.submit(_run_tune, searcher, work, judge, concurrent=concurrent, cancel=cancel)
         try:
             while not running.done():
                 cancel.wait(POLL_S)
@@ -234,7 +240,7 @@ class _Over(tune.Stopper):  # type: ignore[misc]
 
 
 def _run_tune(
-    searcher: _TuneSearcher, work: TrialWork, asha: Asha | None, *, concurrent: int, cancel: threading.Event
+    searcher: _TuneSearcher, work: TrialWork, judge: Scheduler | None, *, concurrent: int, cancel: threading.Event
 ) -> None:
     survive_memory_kills()
     ledger = searcher.ledger
@@ -248,13 +254,13 @@ def _run_tune(
             trainable,
             name="search",
             search_alg=ConcurrencyLimiter(searcher, max_concurrent=concurrent),
-            scheduler=asha,
+            scheduler=judge,
             num_samples=ledger.left,
             max_failures=work.retries,  # of the trial's process: what the user's code raises is a result
             resources_per_trial=tune.PlacementGroupFactory([held]),
             reuse_actors=True,
             stop=_Over(ledger, cancel),
-            callbacks=[_TuneCallback(ledger)],
+            callbacks=[_TuneCallback(ledger, judge)],
             storage_path=scratch,
             raise_on_failed_trial=False,
             verbose=0,

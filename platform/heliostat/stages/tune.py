@@ -26,10 +26,18 @@ from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.errors import SpecError
 from heliostat.stages.checks import check_arguments, check_loop, check_metric, check_searched
-from heliostat.stages.tune_config import COSTS, ObjectiveConfig, TuneConfig
+from heliostat.stages.tune_config import (
+    COSTS,
+    AshaConfig,
+    MedianConfig,
+    ObjectiveConfig,
+    SchedulerConfig,
+    TuneConfig,
+)
 from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from heliostat.runtime.scheduling import Settings
     from heliostat.runtime.shared_data import DataProvider
     from heliostat.runtime.trials import SearchOutcome
 
@@ -137,23 +145,30 @@ def _workload(config: TuneConfig) -> dict[str, int]:
 
 def _explain(config: TuneConfig, view: ConfigView) -> Mapping[str, str]:
     algorithm, trials, reason = config.method
-    useless = _why_asha_is_useless(config, view.resources, trials) if config.scheduler else None
+    useless = _why_useless(config, view.resources, trials) if config.scheduler else None
     return {"algorithm": f"{algorithm}, {reason}"} | ({"scheduler": useless} if useless else {})
 
 
-def _why_asha_is_useless(config: TuneConfig, resources: Resources, trials: int) -> str | None:
+def _why_useless(config: TuneConfig, resources: Resources, trials: int) -> str | None:
     assert config.scheduler is not None
-    asha, epochs = config.scheduler.asha, config.train.epochs
-    at_once = resources.max_concurrent_trials or int((os.cpu_count() or 1) / _needs(resources).of("CPU"))
-    if asha.grace_epochs >= epochs:
-        return f"asha saves nothing: no trial stops within {asha.grace_epochs} epochs, and {epochs} are all there are"
-    if trials < asha.reduction_factor:
-        return f"asha has nothing to choose from: it keeps one trial in {asha.reduction_factor} of {trials}"
-    if trials <= at_once:
-        return (
-            f"asha saves little: all {trials} trials run at once, so the first of them have nobody to be compared with"
-        )
+    name, options = config.scheduler.chosen
+    grace, epochs = options.grace_epochs, config.train.epochs
+    if grace >= epochs:
+        return f"{name} saves nothing: no trial stops within {grace} epochs, and {epochs} are all there are"
+    if isinstance(options, AshaConfig) and trials < options.reduction_factor:
+        return f"{name} has nothing to choose from: it keeps one trial in {options.reduction_factor} of {trials}"
+    if isinstance(options, MedianConfig) and trials <= options.min_trials:
+        return f"{name} stops nothing: it compares a trial with {options.min_trials} others, and there are {trials - 1}"
+    if trials <= _at_once_here(resources):
+        return f"{name} saves little: all {trials} trials may run at once, so none waits for what another leaves"
     return None
+
+
+def _at_once_here(resources: Resources) -> int:
+    """How many trials this machine surely holds at once; what GPUs it has, or a cluster, a plan does not know."""
+    needs = _needs(resources)
+    fit = 0 if needs.of("GPU") else int((os.cpu_count() or 1) / needs.of("CPU"))
+    return resources.max_concurrent_trials or fit
 
 
 @stage("tune", output="params", place="driver", needs=_needs, workload=_workload, check=_check, explain=_explain)
@@ -179,6 +194,7 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
                 "epochs": t.epochs,
                 "reason": t.reason,
                 "seconds": t.seconds,
+                "verdicts": [{name: what for name, what in vars(v).items() if name != "id"} for v in t.verdicts],
             }
             for t in outcome.trials
         ],
@@ -198,6 +214,7 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
                 {"trial": t.id, **{metric: t.metrics[metric] for metric in objectives.metrics}} for t in outcome.front
             ],
             "trials": {state: states.count(state) for state in ("done", "stopped", "failed")},
+            **({"rungs": [vars(rung) for rung in outcome.rungs]} if outcome.rungs else {}),
         },
     )
 
@@ -206,11 +223,9 @@ def _search(
     context: StageContext, config: TuneConfig, objectives: Objectives, provider: "DataProvider | None"
 ) -> "SearchOutcome":
     from heliostat.runtime.ledger import Budget
-    from heliostat.runtime.scheduling import AshaSettings
     from heliostat.runtime.trials import search
 
     algorithm, trials, _ = config.method
-    asha = config.scheduler.asha if config.scheduler else None
     assert context.cancel is not None
     return search(
         context.task,
@@ -219,7 +234,7 @@ def _search(
         budget=Budget(trials, config.wall_time_s, _bounds(config.stop_when, context.task.metric_modes)),
         train=config.train,
         objectives=objectives,
-        scheduler=AshaSettings(asha.grace_epochs, asha.reduction_factor) if asha else None,
+        scheduler=_settings(config.scheduler) if config.scheduler else None,
         seed=context.seed,
         resources=context.resources,
         root=context.root,
@@ -230,6 +245,14 @@ def _search(
         retries=context.retries,
         folds=config.folds,
     )
+
+
+def _settings(scheduler: SchedulerConfig) -> "Settings":
+    from heliostat.runtime.scheduling import AshaSettings, MedianSettings
+
+    _, options = scheduler.chosen
+    kind = AshaSettings if isinstance(options, AshaConfig) else MedianSettings
+    return kind(**options.model_dump())
 
 
 def objectives_of(config: TuneConfig, modes: Mapping[str, Mode]) -> Objectives:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from heliostat.core.model import Count, Integer, Number, Positive, Spec
 from heliostat.core.space import Space
@@ -49,8 +49,34 @@ class AshaConfig(Spec):
     reduction_factor: Annotated[Integer, Field(ge=2)] = 3
 
 
+class MedianConfig(Spec):
+    """The median stopping rule (Golovin et al. 2017, https://research.google/pubs/pub46180/).
+
+    After any epoch from `grace_epochs` on, a trial ends whose best value so far is worse than the median of what the
+    others that came so far, `min_trials` or more, had on average.
+    """
+
+    grace_epochs: Count = 1
+    min_trials: Count = 3
+
+
 class SchedulerConfig(Spec):
-    asha: AshaConfig = AshaConfig()
+    """What stops trials before their last epoch: one of them."""
+
+    asha: AshaConfig | None = None
+    median: MedianConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "SchedulerConfig":
+        if (self.asha is None) == (self.median is None):
+            raise ValueError(f"name one of {' and '.join(type(self).model_fields)}, or `none`")
+        return self
+
+    @property
+    def chosen(self) -> tuple[str, AshaConfig | MedianConfig]:
+        """Its name and its options."""
+        ((name, options),) = ((name, options) for name, options in self if options is not None)
+        return name, options
 
 
 def _known_algorithm(name: str) -> str:
@@ -63,7 +89,10 @@ def _known_algorithm(name: str) -> str:
 
 
 def _to_scheduler(value: Any) -> Any:
-    return {"asha": {}} if value == "asha" else None if value == "none" else value
+    known = [*SchedulerConfig.model_fields, "none"]
+    if isinstance(value, str) and value not in known:
+        raise ValueError(f"unknown scheduler {value!r}{nearest(value, known)}")
+    return None if value == "none" else {value: {}} if isinstance(value, str) else value
 
 
 class TuneConfig(Spec):
