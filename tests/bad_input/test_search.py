@@ -17,6 +17,11 @@ def objectives(*written: Any) -> dict[str, Any]:
     return {"stages/search/config/objectives": list(written)}
 
 
+def after(*passes: Any) -> dict[str, Any]:
+    """The change that puts each trial's model through these passes."""
+    return {"stages/search/config/evaluate_after": list(passes)}
+
+
 SEARCH = "stages[0] (search).config.space"
 
 
@@ -158,6 +163,54 @@ SEARCH = "stages[0] (search).config.space"
         (
             {"stages/search/config/limits": {"test_accuracy": 0.5}},
             "config.limits.test_accuracy: 'test_accuracy' is of the test split, which nothing may choose by",
+        ),
+        (
+            after({"quantise": {}}),
+            "config.evaluate_after[0].quantise: unknown field; did you mean 'quantize'?",
+        ),
+        (after({"quantize": {"methd": "static"}}), "evaluate_after[0].quantize.methd: unknown field; did you mean"),
+        (after({"prune": {"sparsity": 1.5}}), "evaluate_after[0].prune.sparsity: input should be less than 1, not 1.5"),
+        (after({"prune": {"method": "magnitude", "importance": "taylor"}}), "magnitude takes no 'importance'"),
+        (after({}), "config.evaluate_after[0]: name one pass, prune or quantize; the next one is the next of the list"),
+        (after({"prune": {}, "quantize": {}}), "config.evaluate_after[0]: name one pass, prune or quantize"),
+        (
+            after({"quantize": {}}, {"prune": {}}),
+            "config.evaluate_after[1].prune: what 'quantize' makes cannot be compressed further; put it last",
+        ),
+        (
+            after({"prune": {"optimizer": {"name": "toy:one"}, "finetune_epochs": 1}}),
+            "config.evaluate_after[0].prune.optimizer: 'toy:one' takes no argument 'lr'",
+        ),
+        (
+            after({"quantize": {"max_drop": {"val_acuracy": 0.1}}}),
+            "evaluate_after[0].quantize.max_drop.val_acuracy: nobody reports 'val_acuracy'; did you mean",
+        ),
+        (
+            after({"quantize": {}}) | {"stages/search/resources": {"workers_per_trial": 2}},
+            "config.evaluate_after: one worker trains and measures a trial's model; set resources.workers_per_trial",
+        ),
+        (
+            after({"quantize": {}}) | {"stages/search/config/folds": 3},
+            "config.evaluate_after: a trial with folds trains as many models as those; leave config.folds out",
+        ),
+        (
+            after({"quantize": {}}) | {"task/train_fn": "toy:loop"},
+            "config.evaluate_after: task.train_fn keeps its model to itself until it ends",
+        ),
+        (
+            {"stages/search/config/limits": {"size_mb": 0.5}, "stages/search/config/folds": 3},
+            "config.limits.size_mb: a trial with folds trains as many models as those; leave config.folds out",
+        ),
+        (
+            objectives("val_accuracy", "size_mb") | {"stages/search/config/folds": 3},
+            "config.objectives: a trial with folds trains as many models as those; leave config.folds out",
+        ),
+        (
+            {
+                "stages/search/config/stop_when": {"latency_ms": 1.0},
+                "stages/search/resources": {"workers_per_trial": 2},
+            },
+            "config.stop_when.latency_ms: one worker trains and measures a trial's model",
         ),
         (
             {"stages/search/config/wall_time_s": 0},

@@ -70,6 +70,14 @@ def test_the_plan_shows_which_algorithm_a_search_takes_and_why(explained, config
     assert explained(**config) == {"algorithm": expected}
 
 
+def test_the_plan_shows_what_a_trials_model_goes_through(explained):
+    passes = [{"prune": {"sparsity": 0.3}}, {"quantize": {}}]
+    expected = (
+        "trials are compared by their models after prune (structured), then quantize (static), made anew each time"
+    )
+    assert explained(space=LARGE, evaluate_after=passes)["evaluate_after"] == expected
+
+
 @pytest.mark.parametrize(
     ("scheduler", "at_once", "expected"),
     [

@@ -38,7 +38,7 @@ class Rerun:
 
 
 def _is_time(name: str) -> bool:
-    return name in TIMES or name.endswith("_per_s")
+    return name in TIMES or name.endswith("_per_s") or name == "latency_ms"
 
 
 def _what_happened(trial: TrialRecord) -> str:
@@ -56,8 +56,11 @@ def run_again(work: TrialWork, then: TrialRecord, *, seed: int, objectives: Obje
     """
     resources = work.resources
     alone = resources.workers_per_trial == 1  # the driver of several workers only waits for them
-    if then.status == "stopped":
-        work = replace(work, rungs=(then.epochs,))
+    stop_at = then.epochs if then.status == "stopped" else None
+    if work.appraisal is not None:  # at the same epochs as then
+        work = replace(work, rungs=tuple(epoch for epoch, row in then.history if work.metric in row))
+    elif stop_at is not None:
+        work = replace(work, rungs=(stop_at,))
     started = time.monotonic()
     rows: list[Row] = []
     try:
@@ -67,6 +70,7 @@ def run_again(work: TrialWork, then: TrialRecord, *, seed: int, objectives: Obje
             then.id,
             dict(then.params),
             seed,
+            stop_at,
             root=work.root,
             held=resources.per_worker if alone else {"CPU": 0},
             retries=work.retries,
@@ -80,7 +84,9 @@ def run_again(work: TrialWork, then: TrialRecord, *, seed: int, objectives: Obje
     return standing.ended[then.id]
 
 
-def _train(work: TrialWork, trial: str, params: Mapping[str, Any], seed: int) -> tuple[list[Row], Status, str | None]:
+def _train(
+    work: TrialWork, trial: str, params: Mapping[str, Any], seed: int, stop_at: int | None
+) -> tuple[list[Row], Status, str | None]:
     run = TrialRun(work, trial, params, seed)
     rows: list[Row] = []
     while True:
@@ -88,6 +94,6 @@ def _train(work: TrialWork, trial: str, params: Mapping[str, Any], seed: int) ->
         rows += answer["rows"]
         if "outcome" in answer:
             return rows, answer["outcome"], answer["reason"]
-        if "epoch" in answer:
+        if stop_at is not None and answer.get("epoch") == stop_at:
             run.stop(wait=True)
             return rows, "stopped", None

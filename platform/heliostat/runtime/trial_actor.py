@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from heliostat.core.paths import overlay
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Unheard
 from heliostat.errors import HeliostatError
+from heliostat.runtime.appraisal import Appraisal, Appraiser, OnEpoch
+from heliostat.runtime.gate import gate_of_this_node
 from heliostat.runtime.journal import Row
 from heliostat.runtime.shared_data import SharedData
 from heliostat.runtime.tasks import own_traceback
 from heliostat.training.config import TrainConfig
 
 ANSWER_S = 1.0
-
-OnEpoch = Callable[[int, Mapping[str, float]], bool]
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class TrialWork:
     data: SharedData | None
     retries: int
     """How often a process that died is started again: the trial's own, or all its workers together."""
+    appraisal: Appraisal | None
+    """What trials are compared by, where the figures of their epochs are not all."""
 
 
 class BadTrialError(HeliostatError):
@@ -109,13 +111,14 @@ class TrialRun:
                 raise _StoppedError
             value = metrics.get(self._work.metric)
             self._rows.append((epoch, dict(metrics)))
-            if value is None:
+            if value is None and self._work.appraisal is None:
                 raise BadTrialError(
                     f"nothing reports {self._work.metric!r}; what is reported: {', '.join(sorted(metrics))}"
                 )
-            if math.isnan(value):
-                raise BadTrialError(f"{self._work.metric} is not a number at epoch {epoch}")
-            self._last = (epoch, value)
+            if value is not None:
+                if math.isnan(value):
+                    raise BadTrialError(f"{self._work.metric} is not a number at epoch {epoch}")
+                self._last = (epoch, value)
             if epoch in self._work.rungs and epoch < self._work.train.epochs:
                 self._at_rung = True
                 self._turn.notify_all()
@@ -155,7 +158,8 @@ def _train_here(work: TrialWork, config: TrainConfig, seed: int, on_epoch: OnEpo
     from heliostat.training.task import build_data
     from heliostat.training.world import World
 
-    references = [*work.task.references.values(), *work.train.code_references]
+    passes = work.appraisal.code_references if work.appraisal else ()
+    references = [*work.task.references.values(), *work.train.code_references, *passes]
     as_if_first(work.root, references, num_threads=max(1, int(work.resources.cpus_per_worker)))
     seed_everything(seed)
     device = torch.device("cuda" if work.resources.gpus_per_worker else "cpu")
@@ -165,6 +169,20 @@ def _train_here(work: TrialWork, config: TrainConfig, seed: int, on_epoch: OnEpo
         whole = data or build_data(work.task, config.data_args)
         folds = cut_folds(whole, folds=work.folds, seed=work.fold_seed)
         cross_validate(work.task, config, folds, world=world, seed=seed, on_epoch=on_epoch)
+    elif work.appraisal is not None:
+        data = data or build_data(work.task, config.data_args)
+        with gate_of_this_node() as gate, gate.at_work():
+            appraiser = Appraiser(work.appraisal, on_epoch, config=config, data=data, compared_at=work.rungs, gate=gate)
+            run_training(
+                work.task,
+                config,
+                world=world,
+                seed=seed,
+                data=data,
+                on_epoch=appraiser.epoch,
+                on_best=appraiser.best,
+                after_step=lambda model: gate.give_way(),
+            )
     else:
         run_training(work.task, config, world=world, seed=seed, on_epoch=on_epoch, require_checkpoint=False, data=data)
 

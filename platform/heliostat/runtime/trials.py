@@ -29,6 +29,7 @@ from heliostat.core.space import Space
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
 from heliostat.errors import ResourceError, StageError
+from heliostat.runtime.appraisal import Appraisal
 from heliostat.runtime.engines import engines
 from heliostat.runtime.failures import commonest
 from heliostat.runtime.journal import Journal, TrialRecord
@@ -79,6 +80,7 @@ def search(
     provider: DataProvider | None = None,
     retries: int = 0,
     folds: int | None = None,
+    appraisal: Appraisal | None = None,
 ) -> SearchOutcome:
     """The best of the trainings that the budget allows, each of `train` with parameters from `space` laid over it.
 
@@ -86,8 +88,8 @@ def search(
     then makes the suggestions that it would have made uninterrupted. `retries` is how often a trial begins anew after
     its process died; what the user's code raises is that trial's end. `provider` has the data built once for all;
     without one each process builds its own. With `folds` a trial is cross-validated on parts of `train`, and its
-    figures are means. Raises StageError when no trial succeeds within the limits, ResourceError when none can ever fit,
-    and KeyboardInterrupt when `cancel` is set; the journal is intact then.
+    figures are means; an `appraisal` gives it further ones. Raises StageError when no trial succeeds within the limits,
+    ResourceError when none can ever fit, and KeyboardInterrupt when `cancel` is set; the journal is intact then.
     """
     metric, mode = objectives.first.metric, objectives.first.mode
     concurrent = concurrent_trials(resources)
@@ -101,7 +103,20 @@ def search(
             if judge:
                 judge.remember(ledger.standing.ended.values(), metric=metric)
             shared = provider.shared if provider else None
-            work = TrialWork(task, train, folds, seed, metric, compared_at, root, folder, resources, shared, retries)
+            work = TrialWork(
+                task,
+                train,
+                folds,
+                seed,
+                metric,
+                compared_at,
+                root,
+                folder,
+                resources,
+                shared,
+                retries,
+                appraisal,
+            )
             searcher = _TuneSearcher(ledger, provider, train)
             _run_interruptibly(searcher, work, judge, concurrent=min(concurrent, ledger.left), cancel=cancel)
         ended_by = ledger.over or "trials"  # a grid may have fewer points than there were trials to spend

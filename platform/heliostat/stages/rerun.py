@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from heliostat.core.spec import Task
 from heliostat.core.stage import StageContext
 from heliostat.errors import SpecError, nearest
+from heliostat.stages.evaluate_after import appraisal_of
 from heliostat.stages.tune import objectives_of
 from heliostat.stages.tune_config import TuneConfig
 
@@ -58,6 +59,7 @@ def rerun(context: StageContext, config: TuneConfig, then: "TrialRecord") -> "Re
             resources=context.resources,
             data=provider.shared if provider else None,
             retries=context.retries,
+            appraisal=appraisal_of(context, passes=config.evaluate_after, costs=tuple(config.costs)),
         )
         now = run_again(work, then, seed=trial_seed(context.seed, then.id), objectives=objectives)
     return Rerun(context.node, then, now)

@@ -26,6 +26,7 @@ from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.errors import SpecError
 from heliostat.stages.checks import check_arguments, check_loop, check_metric, check_searched
+from heliostat.stages.evaluate_after import appraisal_of, check_appraised, check_passes
 from heliostat.stages.tune_config import (
     COSTS,
     AshaConfig,
@@ -66,6 +67,11 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     if config.exhaustive:
         yield from _check_grid(config, space)
     yield from _check_objectives(config, view)
+    yield from check_passes(config.evaluate_after, view)
+    asking = ["config.evaluate_after"] if config.evaluate_after else []
+    asking += config.costs.values() if view.task.train_fn is None else ()  # what an own loop reports, costs included
+    for place in dict.fromkeys(asking):
+        yield from check_appraised(place, view, folds=config.folds)
     for field in ("limits", "stop_when"):
         for metric in getattr(config, field):
             yield from check_metric(metric, view, place=f"config.{field}.{metric}", more=COSTS)
@@ -146,7 +152,12 @@ def _workload(config: TuneConfig) -> dict[str, int]:
 def _explain(config: TuneConfig, view: ConfigView) -> Mapping[str, str]:
     algorithm, trials, reason = config.method
     useless = _why_useless(config, view.resources, trials) if config.scheduler else None
-    return {"algorithm": f"{algorithm}, {reason}"} | ({"scheduler": useless} if useless else {})
+    explained = {"algorithm": f"{algorithm}, {reason}"} | ({"scheduler": useless} if useless else {})
+    if config.evaluate_after:
+        passes = [step.chosen for step in config.evaluate_after]
+        chain = ", then ".join(f"{uses} ({settings.method})" for uses, settings in passes)
+        explained["evaluate_after"] = f"trials are compared by their models after {chain}, made anew each time"
+    return explained
 
 
 def _why_useless(config: TuneConfig, resources: Resources, trials: int) -> str | None:
@@ -244,6 +255,7 @@ def _search(
         provider=provider,
         retries=context.retries,
         folds=config.folds,
+        appraisal=appraisal_of(context, passes=config.evaluate_after, costs=tuple(config.costs)),
     )
 
 

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from heliostat.core.model import Count, Integer, Number, Positive, Spec
 from heliostat.core.space import Space
 from heliostat.errors import nearest
+from heliostat.stages.evaluate_after import PassConfig, references_of
 from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -122,6 +123,9 @@ class TuneConfig(Spec):
     train: TrainConfig = TrainConfig()
     wall_time_s: Positive | None = None
     stop_when: dict[str, Number] = Field(default_factory=dict)
+    evaluate_after: tuple[PassConfig, ...] = ()
+    """What each trial's model goes through before it is judged, `[{prune: {…}}, {quantize: {…}}]`: the metrics of `val`
+    are then those of the outcome. The trained model's stand beside them, as `val_accuracy_plain`."""
 
     @property
     def searched(self) -> list[str]:
@@ -130,7 +134,15 @@ class TuneConfig(Spec):
 
     @property
     def code_references(self) -> tuple[str, ...]:
-        return self.train.code_references
+        return (*self.train.code_references, *references_of(self.evaluate_after))
+
+    @property
+    def costs(self) -> dict[str, str]:
+        """What a trial's model has to be measured for besides its metrics, each with a place that asks for it."""
+        places = {aim.metric: "config.objectives" if self.objectives else "config.objective" for aim in self.aims}
+        for field in ("limits", "stop_when"):
+            places |= {metric: f"config.{field}.{metric}" for metric in getattr(self, field)}
+        return {metric: place for metric, place in places.items() if metric in COSTS}
 
     @property
     def aims(self) -> tuple[ObjectiveConfig, ...]:

@@ -242,6 +242,10 @@ class TrainConfig(Spec):
     def code_references(self) -> tuple[str, ...]:
         return self.optimizer.code_references
 
+    def gives_up(self, epoch: int, *, best_epoch: int) -> bool:
+        """Whether training stops early after an epoch, the best one being so long ago."""
+        return 0 < self.early_stop_epochs <= epoch - best_epoch
+
 
 def why_not_trained(config: TrainConfig, *, workers: int, task: Task) -> Iterator[str]:
     """What of the config so many workers cannot do, each as `place in the config: why`."""

@@ -60,7 +60,7 @@ def cross_validate(
                 best_epoch = epoch
             means.append(mean[monitor])
             asked_to_stop = on_epoch is not None and on_epoch(epoch, mean) is True
-            stop = asked_to_stop or 0 < config.early_stop_epochs <= epoch - best_epoch
+            stop = asked_to_stop or config.gives_up(epoch, best_epoch=best_epoch)
     return fits
 
 

@@ -21,7 +21,7 @@ from heliostat.training.evaluation import evaluate
 from heliostat.training.layout import use_fast_layout, use_plain_layout
 from heliostat.training.losses import BatchLoss, LossMeter, LossRule
 from heliostat.training.phases import Phases
-from heliostat.training.progress import Fit, OnEpoch, Progress, is_better
+from heliostat.training.progress import Fit, OnBest, OnEpoch, Progress, is_better
 from heliostat.training.resume import put_down, take_up
 from heliostat.training.seeding import derive_seed, deterministic_algorithms, seed_everything
 from heliostat.training.strategies import parallelize
@@ -47,12 +47,14 @@ def fit(
     checkpoints: Checkpoints | None = None,
     batch_loss: BatchLoss | None = None,
     after_step: Callable[[nn.Module], None] | None = None,
+    on_best: OnBest | None = None,
 ) -> Fit:
     """Train the model in place and return its best epoch, by `objective.monitor(config)`.
 
     `on_epoch(epoch, row)` is called on every worker, and ends the training by returning True on any. `batch_loss` is
     given `(outputs, batch)` and replaces the objective's loss in training only. `after_step` is given the user's own
-    module after every optimizer step. With `checkpoints` the fit goes on from the newest one. Raises StageError when
+    module after every optimizer step; `on_best(epoch, weights)` the weights of an epoch that is the best so far, before
+    its row is reported. With `checkpoints` the fit goes on from the newest one. Raises StageError when
     the loss stops being finite.
     """
     epochs = train_epochs(
@@ -65,6 +67,7 @@ def fit(
         checkpoints=checkpoints,
         batch_loss=batch_loss,
         after_step=after_step,
+        on_best=on_best,
     )
     verdict: bool | None = None
     try:
@@ -91,6 +94,7 @@ def train_epochs(
     checkpoints: Checkpoints | None = None,
     batch_loss: BatchLoss | None = None,
     after_step: Callable[[nn.Module], None] | None = None,
+    on_best: OnBest | None = None,
 ) -> Epochs:
     """What `fit` goes through, epoch by epoch. Several trainings may take turns: an epoch depends on its seed alone."""
     world = world or World()
@@ -150,8 +154,10 @@ def train_epochs(
         progress.history.append(row)
         if is_best:
             progress.best_epoch, best_state = epoch, parallel.keep(trainee.weights_that_count())
+            if on_best is not None:
+                on_best(epoch, parallel.gather(best_state))
         asked_to_stop = (yield epoch, row) is True
-        is_stale = 0 < config.early_stop_epochs <= epoch - progress.best_epoch
+        is_stale = config.gives_up(epoch, best_epoch=progress.best_epoch)
         progress.stopped = any_worker(asked_to_stop or is_stale, world=world)
 
         started = time.perf_counter()

@@ -13,6 +13,9 @@ from heliostat.training.world import World, from_first_worker
 OnEpoch = Callable[[int, Mapping[str, float]], bool | None]
 """Called as `on_epoch(epoch, row)` on every worker; True on any of them ends the training."""
 
+OnBest = Callable[[int, dict[str, Tensor]], None]
+"""Called as `on_best(epoch, weights)`; the weights, on CPU and named as in the user's model, are the callee's own."""
+
 
 @dataclass(frozen=True)
 class Fit:

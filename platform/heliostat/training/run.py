@@ -1,10 +1,14 @@
 """The one entry to training: from a task and a config to a fit, by our loop or the user's own."""
 
+from collections.abc import Callable
+
+from torch import nn
+
 from heliostat.core.spec import Task
 from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.config import TrainConfig
 from heliostat.training.loop import fit
-from heliostat.training.progress import Fit, OnEpoch
+from heliostat.training.progress import Fit, OnBest, OnEpoch
 from heliostat.training.seeding import seed_everything
 from heliostat.training.task import Data, build_data, build_model, build_objective
 from heliostat.training.user_loop import run_user_loop
@@ -21,10 +25,13 @@ def run_training(
     checkpoints: Checkpoints | None = None,
     require_checkpoint: bool = True,
     data: Data | None = None,
+    after_step: Callable[[nn.Module], None] | None = None,
+    on_best: OnBest | None = None,
 ) -> Fit:
     """Train the task's model on its data. `require_checkpoint` refuses an own loop that leaves no weights behind.
 
-    `data` is what the task's function would return, where it is there already.
+    `data` is what the task's function would return, where it is there already. `after_step` and `on_best` are our
+    loop's; the user's own has nothing of the kind.
     """
     if task.train_fn is not None:
         return run_user_loop(
@@ -48,4 +55,6 @@ def run_training(
         world=world,
         on_epoch=on_epoch,
         checkpoints=checkpoints,
+        after_step=after_step,
+        on_best=on_best,
     )
