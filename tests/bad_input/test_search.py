@@ -156,6 +156,18 @@ SEARCH = "stages[0] (search).config.space"
             "config.algorithm: bayesian takes one objective, not 2; of several take grid, optuna_tpe, random",
         ),
         (
+            {"stages/search/config/start_from": [{"optimizer.lr": 0.5, "model_args.width": 8}]},
+            "config.start_from[0].optimizer.lr: 0.5 is not in the space",
+        ),
+        (
+            {"stages/search/config/start_from": [{"optimizer.lr": 0.01, "model_args.width": 8, "optimizer.lrr": 1}]},
+            "config.start_from[0].optimizer.lrr: not in the space at this point; did you mean 'optimizer.lr'?",
+        ),
+        (
+            {"stages/search/config/start_from": [{"optimizer.lr": 0.01}]},
+            "config.start_from[0].model_args.width: missing",
+        ),
+        (
             {"stages/search/config/limits": {"size": 0.5}},
             "config.limits.size: nobody reports 'size'; did you mean 'size_mb'?",
         ),

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from heliostat.core.points import numbers_at
 from heliostat.core.space import (
     Choice,
     Constant,
@@ -142,3 +143,42 @@ def test_a_faulty_dimension_is_refused_by_its_place(dimension, message):
 def test_a_mapping_that_is_not_an_option_with_a_space_is_a_plain_value():
     space = parse(a={"choice": [{"value": 1}, {"kernel": 3, "stride": 2}]})
     assert [point["a"] for point in space.grid()] == [{"value": 1}, {"kernel": 3, "stride": 2}]
+
+
+EVERYTHING = parse(
+    a={"uniform": [0, 1]},
+    b={"loguniform": [1e-4, 1e-1]},
+    c={"randint": [2, 5]},
+    d={"choice": ["x", None, [1, 2], {"any": "thing"}, True, 1]},
+    e={"quniform": [0.1, 0.75, 0.2]},
+    f={"lograndint": [1, 1000]},
+    g={"normal": [0, 2]},
+    h={"choice": ["plain", {"value": "opens", "space": {"i": {"grid": [1, 2]}}}]},
+    j=7,
+)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_point_tells_the_numbers_that_it_was_made_of(seed):
+    point = EVERYTHING.sample(random.Random(seed))
+    numbers = numbers_at(EVERYTHING, point)
+    assert EVERYTHING.point(lambda label, dimension: numbers[label][1]) == point
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"a": 1.5}, "a: 1.5 is not in the space"),
+        ({"c": 5}, "c: 5 is not in the space"),
+        ({"c": True}, "c: True is not in the space"),
+        ({"d": "y"}, "d: 'y' is not in the space"),
+        ({"e": 0.4}, "e: 0.4 is not in the space"),
+        ({"j": 8}, "j: 8 is not in the space"),
+        ({"h": "plain", "i": 1}, "i: not in the space at this point"),
+        ({"aa": 1}, "aa: not in the space at this point; did you mean 'a'"),
+    ],
+)
+def test_a_point_of_another_space_is_refused_by_its_first_difference(changes, message):
+    point = EVERYTHING.sample(random.Random(1)) | {"h": "opens", "i": 2} | changes
+    with pytest.raises(SpecError, match=message):
+        numbers_at(EVERYTHING, point)

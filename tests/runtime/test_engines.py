@@ -83,6 +83,21 @@ def test_a_fresh_engine_led_through_the_past_suggests_what_the_first_would_have(
             again.observe(trial, what)
 
 
+@pytest.mark.parametrize("algorithm", SAMPLING)
+def test_an_engine_goes_on_from_points_that_it_did_not_suggest(algorithm):
+    space = Space.parse({"x": {"normal": [0, 3]}, "y": {"randint": [0, 9]}, "z": {"choice": [[1], {"a": 2}]}})
+    near, points = make_engine(algorithm, space=space, seed=0, trials=30), []
+    for index in range(30):
+        point = {"x": (index - 15) / 5, "y": index % 9, "z": [[1], {"a": 2}][index % 2]}
+        near.adopt(str(index), point)
+        near.observe(str(index), Costs(((point["x"] - 1) ** 2 + (point["y"] - 4) ** 2,)))
+    for index in range(30, 50):
+        points.append(near.suggest(str(index)))
+        near.observe(str(index), None)
+    if algorithm in LEARNING:
+        assert sum(abs(point["y"] - 4) <= 1 for point in points) >= 15  # where those that it was given were good
+
+
 def test_another_process_suggests_the_same():
     """A search goes on in a process whose hashes of strings are others."""
     script = f"""
@@ -135,6 +150,12 @@ def test_grid_search_tries_every_point_once_and_ends():
     points = [engine.suggest(str(i)) for i in range(7)]
     assert points[:6] == [{"a": a, "b": b} for a in (1, 2) for b in "xyz"]
     assert points[6] is None
+
+
+def test_grid_search_does_not_come_back_to_a_point_that_was_adopted():
+    engine = make_engine("grid", space=Space.parse({"a": {"grid": [1, True]}}), seed=0, trials=2)
+    engine.adopt("0", {"a": True})
+    assert [engine.suggest("1"), engine.suggest("2")] == [{"a": 1}, None]
 
 
 @pytest.mark.parametrize("algorithm", engines())

@@ -25,11 +25,11 @@ class Watching(Unheard):
 def ledger(tmp_path):
     """A ledger on the journal of the test's folder: opened again, it goes on."""
 
-    def open_ledger(objectives=TWO, *, algorithm="random", trials=9, reporter=None):
+    def open_ledger(objectives=TWO, *, algorithm="random", trials=9, reporter=None, **more):
         engine = engines()[algorithm].make(SPACE, num_objectives=len(objectives.ordered), seed=0, trials=trials)
         journal = Journal(tmp_path / "journal.jsonl")
         watcher = reporter or Unheard()
-        return Ledger(engine, journal, watcher, budget=Budget(trials), seed=0, objectives=objectives)
+        return Ledger(engine, journal, watcher, budget=Budget(trials), seed=0, objectives=objectives, **more)
 
     return open_ledger
 
@@ -78,3 +78,15 @@ def test_the_best_so_far_is_within_the_limits(ledger):
     run_trial(limited, {"gain": 1.0, "cost": 2.0})
     run_trial(limited, {"gain": 7.0, "cost": 2.1})
     assert watching.seen["best"] == 1.0
+
+
+@pytest.mark.parametrize("algorithm", ["random", "bayesian", "optuna_tpe"])
+def test_a_search_starts_from_the_points_that_it_is_given_and_goes_on_as_it_would_have(ledger, algorithm):
+    start_from = [{"a": 0.25}, {"a": 0.5}]
+    one = Objectives.of({"gain": "max"})
+    first = ledger(one, algorithm=algorithm, start_from=start_from)
+    seen = [run_trial(first, {"gain": float(index)}).params for index in range(6)]
+    assert seen[:2] == start_from
+    assert seen[2] not in start_from
+    again = ledger(one, algorithm=algorithm, start_from=start_from)  # leads a fresh engine through the journal
+    assert again.next()["params"] == first.next()["params"]

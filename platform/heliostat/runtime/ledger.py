@@ -60,10 +60,12 @@ class Ledger:
         budget: Budget,
         seed: int,
         objectives: Objectives,
+        start_from: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self.standing = Standing()
         self._engine, self._journal, self._reporter = engine, journal, reporter
         self._budget, self._seed, self._objectives = budget, seed, objectives
+        self._first = deque(start_from)
         self._on_target: set[str] = set()
         self._states = Counter[Status]()
         self._best: str | None = None
@@ -75,13 +77,21 @@ class Ledger:
     def _replay(self, event: Event) -> None:
         self._apply(event)
         if isinstance(event, Suggested):
-            suggested = self._engine.suggest(event.id)
+            suggested = self._suggest(event.id)
             if suggested is None or json.dumps(suggested) != json.dumps(event.params):
                 raise StageError(
                     f"{self._journal.path} is not of this search: trial {event.id} has {event.params}, not {suggested}"
                 )
         elif isinstance(event, Ended):
             self._learn(event.id)
+
+    def _suggest(self, trial: str) -> Mapping[str, Any] | None:
+        """What it starts from comes first, and then what the engine says."""
+        if not self._first:
+            return self._engine.suggest(trial)
+        point = self._first.popleft()
+        self._engine.adopt(trial, point)
+        return point
 
     def _learn(self, trial: str) -> None:
         """What an ended trial teaches: the engine, and whoever watches."""
@@ -142,7 +152,7 @@ class Ledger:
             self._record(Restarted(trial))
         else:
             trial = f"{len(self.standing.ended) + len(self.standing.open) + 1:04d}"
-            suggested = self._engine.suggest(trial)
+            suggested = self._suggest(trial)
             if suggested is None:
                 return None
             self._record(Suggested(trial, suggested))

@@ -9,6 +9,7 @@ from heliostat.core.artifact import write_json
 from heliostat.core.capacity import Need
 from heliostat.core.objective import Bound, Mode, Objective, Objectives
 from heliostat.core.paths import overlay, why_not_a_path
+from heliostat.core.points import numbers_at
 from heliostat.core.space import (
     Choice,
     Constant,
@@ -66,6 +67,11 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     yield from _check_folds(config, view)
     if config.exhaustive:
         yield from _check_grid(config, space)
+    for index, point in enumerate(config.start_from):
+        try:
+            numbers_at(space, point)
+        except SpecError as error:
+            yield f"config.start_from[{index}].{error}"
     yield from _check_objectives(config, view)
     yield from check_passes(config.evaluate_after, view)
     asking = ["config.evaluate_after"] if config.evaluate_after else []
@@ -256,6 +262,7 @@ def _search(
         retries=context.retries,
         folds=config.folds,
         appraisal=appraisal_of(context, passes=config.evaluate_after, costs=tuple(config.costs)),
+        start_from=config.start_from,
     )
 
 

@@ -114,6 +114,8 @@ class TuneConfig(Spec):
     ) = None
     """Several, as `[{val_accuracy: max}, {latency_ms: min}]`: the record has the Pareto set. The best of it, which goes
     on to training, is the best in the first; equals in that are told apart by the next. A scheduler sees the first."""
+    start_from: tuple[dict[str, Any], ...] = ()
+    """Parameters to try first, each a whole point of the space; the engine learns from them as from its own."""
     limits: dict[str, Number] = Field(default_factory=dict)
     """What a metric may be at most, or at least if more of it is better. No trial beyond one is the best, or on the
     front; a search in which none is within fails, and names the closest."""

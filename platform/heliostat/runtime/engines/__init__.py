@@ -19,8 +19,13 @@ from heliostat.core.space import Space
 
 
 class Engine(Protocol):
+    """What says which parameters to try next."""
+
     def suggest(self, trial: str) -> dict[str, Any] | None:
         """Parameters for a new trial; None when there is nothing left to try."""
+
+    def adopt(self, trial: str, point: Mapping[str, Any]) -> None:
+        """The trial has these parameters, which somebody else chose: as if they had been suggested."""
 
     def observe(self, trial: str, costs: Costs | None) -> None:
         """What came of the trial; None for a failed trial."""

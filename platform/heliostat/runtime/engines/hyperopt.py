@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from heliostat.core.objective import Costs
+from heliostat.core.points import numbers_at
 from heliostat.core.space import (
     Choice,
     Constant,
@@ -51,9 +52,27 @@ class _HyperOpt:
         drawn = dict(_flat(self._search.suggest(trial)))
         return self._space.point(lambda label, dimension: drawn[label])
 
+    def adopt(self, trial: str, point: Mapping[str, Any]) -> None:
+        from hyperopt.fmin import generate_trial
+
+        trials = self._search.get_state()["hyperopt_trials"]
+        (tid,) = trials.new_trial_ids(1)
+        numbers = numbers_at(self._space, point)
+        adopted = generate_trial(tid, {label: _real(*numbers[label]) for label in numbers})
+        for drawn in (adopted["misc"]["idxs"], adopted["misc"]["vals"]):
+            drawn |= {label: [] for label in self._search.domain.params if label not in numbers}
+        trials.insert_trial_docs([adopted])
+        trials.refresh()
+        self._search._live_trial_mapping[trial] = (tid, adopted)  # Ray has no other way to a point that is given
+
     def observe(self, trial: str, costs: Costs | None) -> None:
         result = None if costs is None else {"cost": costs.objectives[0] if costs.within else math.inf}
         self._search.on_trial_complete(trial, result=result, error=costs is None)
+
+
+def _real(dimension: Dimension, number: Any) -> Any:
+    """A real number whose floor is taken, where HyperOpt draws one: the middle of those."""
+    return number + 0.5 if isinstance(dimension, RandInt | LogRandInt | QUniform) else number
 
 
 def _to_hyperopt(space: Space, prefix: str) -> dict[str, Any]:

@@ -6,10 +6,12 @@ Optuna asks for a dimension's distribution when the point comes to it, so a cond
 exists. An option goes through Optuna as its index, a normally distributed number as its quantile.
 """
 
+from collections.abc import Mapping
 from statistics import NormalDist
 from typing import Any
 
 from heliostat.core.objective import Costs
+from heliostat.core.points import numbers_at
 from heliostat.core.space import (
     Choice,
     Grid,
@@ -45,6 +47,16 @@ class _Optuna:
     def suggest(self, trial: str) -> dict[str, Any] | None:
         asked = self._asked[trial] = self._study.ask()
         return self._space.point(lambda label, dimension: _draw(asked, label, dimension))
+
+    def adopt(self, trial: str, point: Mapping[str, Any]) -> None:
+        numbers = {
+            label: NormalDist(dimension.mean, dimension.deviation).cdf(number)
+            if isinstance(dimension, Normal)
+            else number
+            for label, (dimension, number) in numbers_at(self._space, point).items()
+        }
+        self._study.enqueue_trial(numbers)
+        self.suggest(trial)
 
     def observe(self, trial: str, costs: Costs | None) -> None:
         from optuna.trial import TrialState
