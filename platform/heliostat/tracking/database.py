@@ -8,6 +8,7 @@ in the user's cache folder and copied from then on.
 import contextlib
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import uuid
@@ -25,7 +26,7 @@ def create_database(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _create_aside_and_link(path)
-    except OSError as error:
+    except (OSError, sqlite3.Error) as error:
         raise UnavailableError(str(error)) from error
 
 
@@ -39,10 +40,17 @@ def _create_aside_and_link(path: Path) -> None:
         else:
             _migrate(aside)
             _keep(aside, cached)
+        _use_wal(aside)
         with contextlib.suppress(FileExistsError):
             os.link(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _use_wal(database: Path) -> None:
+    """Before others see it: SQLite lets nobody wait for the switch, so the second of two writers would fail at once."""
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
 
 
 def _cache_folder() -> Path:
