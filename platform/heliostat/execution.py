@@ -151,17 +151,8 @@ class Execution:
             shutil.rmtree(node.folder, ignore_errors=True)
         node.folder.mkdir(parents=True, exist_ok=True)
         started_at, started = datetime.now(UTC), time.monotonic()
-        context = StageContext(
-            node=node.name,
-            folder=node.folder,
-            root=pipeline.root,
-            task=pipeline.task,
-            seed=pipeline.seed,
-            resources=node.resources,
-            inputs=self._inputs(node),
-            reporter=self._history.reporter(node, self._view),
-            retries=node.retries,
-            cancel=self._cancel,
+        context = self._plan.context(
+            node, inputs=self._inputs(node), reporter=self._history.reporter(node, self._view), cancel=self._cancel
         )
         result = self._call(node, context)
         metrics = dict(result.metrics)

@@ -9,7 +9,7 @@ from heliostat.core.artifact import read_record
 from heliostat.core.identity import explain_change
 from heliostat.core.plan import Node, Plan, plan_pipeline
 from heliostat.core.spec import Pipeline
-from heliostat.core.stage import StageContext, Unheard
+from heliostat.core.stage import Unheard
 from heliostat.errors import SpecError, nearest
 from heliostat.report import runs
 from heliostat.stages.rerun import ended_trial, rerun
@@ -32,18 +32,7 @@ def run_trial(pipeline: Pipeline, name: str, *, address: str | None = None) -> "
     node, trial = _find(planned, name)
     assert isinstance(node.config, TuneConfig)
     then = ended_trial(node.folder, node.config, pipeline.task, trial)
-    context = StageContext(
-        node=node.name,
-        folder=node.folder,
-        root=pipeline.root,
-        task=pipeline.task,
-        seed=pipeline.seed,
-        resources=node.resources,
-        inputs={},
-        reporter=Unheard(),
-        retries=node.retries,
-        cancel=threading.Event(),
-    )
+    context = planned.context(node, inputs={}, reporter=Unheard(), cancel=threading.Event())
     log = pipeline.storage_folder / "logs" / f"{runs.new_run_id(pipeline.name)}.log"
     with session.start(address, log=log, root=pipeline.root):
         result = rerun(context, node.config, then)

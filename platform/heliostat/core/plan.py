@@ -6,6 +6,7 @@ edges, and the user's functions, which are imported but never called.
 """
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from heliostat.core.identity import explain_change, fingerprint
 from heliostat.core.model import Spec
 from heliostat.core.paths import set_path, why_not_a_path
 from heliostat.core.spec import Pipeline, Resources, Stage, Task
-from heliostat.core.stage import ConfigView, Slot, StageKind, find_kind
+from heliostat.core.stage import ConfigView, Reporter, Slot, StageContext, StageKind, find_kind
 from heliostat.core.validate import validate
 from heliostat.errors import ArtifactError, ResourceError, SpecError, nearest
 
@@ -72,6 +73,23 @@ class Plan:
 
     def node(self, name: str) -> Node:
         return next(node for node in self.nodes if node.name == name)
+
+    def context(
+        self, node: Node, *, inputs: Mapping[str, tuple[Artifact, ...]], reporter: Reporter, cancel: threading.Event
+    ) -> StageContext:
+        """What the node's stage is given to work with."""
+        return StageContext(
+            node=node.name,
+            folder=node.folder,
+            root=self.pipeline.root,
+            task=self.pipeline.task,
+            seed=self.pipeline.seed,
+            resources=node.resources,
+            inputs=inputs,
+            reporter=reporter,
+            retries=node.retries,
+            cancel=cancel,
+        )
 
 
 def plan_pipeline(pipeline: Pipeline, *, force: Sequence[str] = ()) -> Plan:
