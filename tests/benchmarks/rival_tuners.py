@@ -33,7 +33,7 @@ MANY = 3000
 def prepared(file: Path) -> dict[str, Any]:
     """The search of a pipeline, in a process that is ready to train for it."""
     from heliostat.core.imports import use_root
-    from heliostat.training.seeding import fresh_process_state
+    from heliostat.training.isolation import fresh_process_state
 
     use_root(file.parent)
     fresh_process_state(num_threads=1)
