@@ -161,7 +161,7 @@ SEARCH = "stages[0] (search).config.space"
         ),
         (
             {"stages/search/config/start_from": [{"optimizer.lr": 0.01, "model_args.width": 8, "optimizer.lrr": 1}]},
-            "config.start_from[0].optimizer.lrr: not in the space at this point; did you mean 'optimizer.lr'?",
+            "config.start_from[0].optimizer.lrr: not in the space; did you mean 'optimizer.lr'?",
         ),
         (
             {"stages/search/config/start_from": [{"optimizer.lr": 0.01}]},

@@ -175,7 +175,7 @@ def test_a_point_tells_the_numbers_that_it_was_made_of(seed):
         ({"e": 0.4}, "e: 0.4 is not in the space"),
         ({"j": 8}, "j: 8 is not in the space"),
         ({"h": "plain", "i": 1}, "i: not in the space at this point"),
-        ({"aa": 1}, "aa: not in the space at this point; did you mean 'a'"),
+        ({"aa": 1}, "aa: not in the space; did you mean 'a'"),
     ],
 )
 def test_a_point_of_another_space_is_refused_by_its_first_difference(changes, message):

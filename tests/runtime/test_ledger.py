@@ -6,10 +6,11 @@ from heliostat.core.objective import Bound, Objectives
 from heliostat.core.space import Space
 from heliostat.core.stage import Unheard
 from heliostat.runtime.engines import engines
-from heliostat.runtime.journal import Journal
+from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Budget, Ledger
 
 SPACE = Space.parse({"a": {"uniform": [0.0, 1.0]}})
+ONE = Objectives.of({"gain": "max"})
 TWO = Objectives.of({"gain": "max", "cost": "min"})
 
 
@@ -89,4 +90,27 @@ def test_a_search_starts_from_the_points_that_it_is_given_and_goes_on_as_it_woul
     assert seen[:2] == start_from
     assert seen[2] not in start_from
     again = ledger(one, algorithm=algorithm, start_from=start_from)  # leads a fresh engine through the journal
+    assert again.next()["params"] == first.next()["params"]
+
+
+def earlier_trials(number):
+    """What a search knows that found the best near 0.8."""
+    for index in range(number):
+        a = index / number
+        yield TrialRecord(f"{index:04d}", {"a": a}, "done", {"gain": -abs(a - 0.8), "cost": a}, 1, None, 1.0)
+
+
+@pytest.mark.parametrize(("algorithm", "objectives"), [("bayesian", ONE), ("optuna_tpe", ONE), ("optuna_tpe", TWO)])
+def test_a_search_learns_from_earlier_trials_that_it_does_not_count_and_goes_on_as_it_would_have(
+    ledger, algorithm, objectives
+):
+    settings = {"algorithm": algorithm, "earlier": list(earlier_trials(30)), "start_from": [{"a": 0.25}]}
+    first = ledger(objectives, **settings)
+    seen = [run_trial(first, {"gain": -1.0, "cost": 1.0}).params["a"] for _ in range(6)]
+    assert seen[0] == 0.25
+    if objectives is ONE:
+        assert sum(abs(a - 0.8) < 0.2 for a in seen[1:]) >= 4
+    assert list(first.standing.ended) == ["0001", "0002", "0003", "0004", "0005", "0006"]
+    again = ledger(objectives, **settings)
+    assert again.left == first.left == 3
     assert again.next()["params"] == first.next()["params"]

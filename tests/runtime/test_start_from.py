@@ -1,10 +1,37 @@
+import json
+import threading
+
 import pytest
 
 from heliostat.core.spec import Resources
+from heliostat.core.stage import StageContext
+from heliostat.stages.tune import TuneConfig, tune
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
+SPACE = {"optimizer.lr": {"loguniform": [1e-3, 1e-1]}, "model_args.width": {"choice": [2, 4, 8]}}
 GIVEN = [{"optimizer.lr": 0.05, "model_args.width": 8}, {"optimizer.lr": 0.002, "model_args.width": 2}]
+
+
+@pytest.fixture
+def context(task, root, tmp_path, reporter):
+    """What the stage is given, with a new folder of that name."""
+
+    def make(name):
+        (tmp_path / name).mkdir()
+        return StageContext(
+            node=name,
+            folder=tmp_path / name,
+            root=root,
+            task=task,
+            seed=0,
+            resources=Resources(max_concurrent_trials=1),
+            inputs={},
+            reporter=reporter,
+            cancel=threading.Event(),
+        )
+
+    return make
 
 
 @pytest.mark.parametrize("algorithm", ["random", "bayesian", "optuna_tpe"])
@@ -20,3 +47,15 @@ def test_a_search_tries_what_it_is_given_first_and_goes_on_the_same_after_an_int
     (tmp_path / "torn" / "journal.jsonl").write_bytes(b"".join(journal[: ends[2] + 1]))
     resumed = run(**settings, folder=tmp_path / "torn", resources=one_at_a_time)
     assert [(t.id, t.params, t.status) for t in resumed.trials] == [(t.id, t.params, t.status) for t in whole.trials]
+
+
+def test_a_search_learns_from_the_trials_of_an_earlier_one_and_runs_none_of_them_again(context):
+    config = {"space": SPACE, "train": {"epochs": 1, "batch_size": 16}, "objective": {"metric": "val_loss"}}
+    before, warm = context("before"), context("warm")
+    tune(before, TuneConfig.model_validate({**config, "algorithm": "random", "trials": 5}))
+    start = {"start_from": [{"trials": str(before.folder)}], "algorithm": "bayesian", "trials": 2}
+    found = tune(warm, TuneConfig.model_validate({**config, **start}))
+    assert found.details["learned_from"] == "5 earlier trials"
+    tried, then = (json.loads((given.folder / "trials.json").read_text()) for given in (warm, before))
+    assert [trial["id"] for trial in tried] == ["0001", "0002"]
+    assert not [trial for trial in tried if trial["params"] in [other["params"] for other in then]]

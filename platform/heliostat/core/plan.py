@@ -180,9 +180,9 @@ def _expand(
         inputs |= {slot: tuple(nodes) for slot, nodes in slots.items() if kind.inputs[slot].many}
         config = validate(kind.config, written, f"{place}.config")
         upstream = {slot: [(node.kind, node.config) for node in nodes] for slot, nodes in inputs.items()}
-        view = ConfigView(pipeline.task, functions, upstream, stage.resources)
+        view = ConfigView(pipeline.task, functions, upstream, stage.resources, pipeline.root)
         _check(kind, config, view, place)
-        identity = _identity(pipeline, kind, config, inputs)
+        identity = _identity(pipeline, kind, config, view, inputs)
         digest = fingerprint(identity)
         yield Node(
             name=f"{stage.name}[{','.join(labels)}]" if labels else stage.name,
@@ -267,6 +267,7 @@ def _identity(
     pipeline: Pipeline,
     kind: StageKind,
     config: Spec,
+    view: ConfigView,
     inputs: Mapping[str, tuple[Node, ...]],
 ) -> dict[str, Any]:
     task = pipeline.task.model_dump(mode="json")
@@ -275,7 +276,7 @@ def _identity(
         "version": kind.version,
         "task": task,
         "sources": _sources(pipeline, kind, config),
-        "config": config.model_dump(mode="json"),
+        "config": kind.identity(config, view),
         "seed": pipeline.seed,
         "inputs": {slot: [node.fingerprint for node in nodes] for slot, nodes in sorted(inputs.items())},
     }

@@ -13,10 +13,12 @@ def numbers_at(space: Space, point: Mapping[str, Any]) -> dict[str, tuple[Varied
 
     Raises SpecError for a path that is missing or too many, and for a value outside its dimension.
     """
+    if strange := next((path for path in point if path not in space.paths()), None):
+        raise SpecError(f"{strange}: not in the space{nearest(strange, space.paths())}")
     found = dict(_numbers(space, point, ""))
     there = space.point(lambda label, _: found[label][1])
     if unknown := next((path for path in point if path not in there), None):
-        raise SpecError(f"{unknown}: not in the space at this point{nearest(unknown, space.paths())}")
+        raise SpecError(f"{unknown}: not in the space at this point, only at others")
     return found
 
 

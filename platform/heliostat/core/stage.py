@@ -127,6 +127,8 @@ class ConfigView:
     inputs: Mapping[str, Sequence[tuple["StageKind", Spec]]]
     """The kind and the config of the nodes in each slot."""
     resources: Resources
+    root: Path
+    """The folder of the pipeline file, from which relative paths in a config lead."""
 
 
 Check = Callable[[Any, ConfigView], Iterable[str]]
@@ -150,6 +152,8 @@ class StageKind:
     workload: Callable[[Any], Mapping[str, int]]
     """What `plan` says of the work ahead, such as `{"trials": 16, "epochs": 4}`."""
     check: Check
+    identity: Callable[[Any, ConfigView], Mapping[str, Any]]
+    """What of a config is part of identity: all of it, but for a file that it names the content and not the place."""
     explain: Callable[[Any, ConfigView], Mapping[str, str]]
     """What `plan` says of how a config will be carried out, by place. It may call the user's model function."""
     keeps_metrics: bool
@@ -177,6 +181,7 @@ def stage(
     needs: Callable[[Resources], Need] = lambda resources: Need(1, resources.per_worker),
     workload: Callable[[Any], Mapping[str, int]] = lambda config: {},
     check: Check = lambda config, view: (),
+    identity: Callable[[Any, ConfigView], Mapping[str, Any]] = lambda config, view: config.model_dump(mode="json"),
     explain: Callable[[Any, ConfigView], Mapping[str, str]] = lambda config, view: {},
     keeps_metrics: bool = False,
     measured: Measured = "before",
@@ -203,6 +208,7 @@ def stage(
             needs=needs,
             workload=workload,
             check=check,
+            identity=identity,
             explain=explain,
             keeps_metrics=keeps_metrics,
             measured=measured,

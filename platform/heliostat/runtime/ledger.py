@@ -1,8 +1,9 @@
 """Where the events of a search pass through: it leads the engine, tells the reporter and writes the journal.
 
 The reporter is told before the journal: what the journal has is not told again, while telling a thing a second time
-changes nothing. A ledger that is opened on a journal with events in it first leads its fresh engine through them. It is
-then where the interrupted search was: ended trials stay ended, and those under way come first in `next`.
+changes nothing. The trials of earlier searches teach the engine first, and have no other part. A ledger that is opened
+on a journal with events in it leads its fresh engine through them. It is then where the interrupted search was: ended
+trials stay ended, and those under way come first in `next`.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from heliostat.runtime.journal import (
     Standing,
     Status,
     Suggested,
+    TrialRecord,
 )
 
 Cause = Literal["trials", "wall time", "target"]
@@ -61,6 +63,7 @@ class Ledger:
         seed: int,
         objectives: Objectives,
         start_from: Sequence[Mapping[str, Any]] = (),
+        earlier: Sequence[TrialRecord] = (),
     ) -> None:
         self.standing = Standing()
         self._engine, self._journal, self._reporter = engine, journal, reporter
@@ -70,6 +73,9 @@ class Ledger:
         self._states = Counter[Status]()
         self._best: str | None = None
         self._started_at: dict[str, float] = {}
+        for number, trial in enumerate(earlier, 1):
+            engine.adopt(f"earlier-{number}", trial.params)
+            engine.observe(f"earlier-{number}", objectives.costs(trial.metrics))
         for event in journal.past:
             self._replay(event)
         self._again = deque(self.standing.open)

@@ -82,6 +82,7 @@ def search(
     folds: int | None = None,
     appraisal: Appraisal | None = None,
     start_from: Sequence[Mapping[str, Any]] = (),
+    earlier: Sequence[TrialRecord] = (),
 ) -> SearchOutcome:
     """The best of the trainings that the budget allows, each of `train` with parameters from `space` laid over it.
 
@@ -89,9 +90,9 @@ def search(
     then makes the suggestions that it would have made uninterrupted. `retries` is how often a trial begins anew after
     its process died; what the user's code raises is that trial's end. `provider` has the data built once for all;
     without one each process builds its own. With `folds` a trial is cross-validated on parts of `train`, and its
-    figures are means; an `appraisal` gives it further ones. The points of `start_from` are tried first. Raises
-    StageError when no trial succeeds within the limits, ResourceError when none can ever fit, KeyboardInterrupt when
-    `cancel` is set; the journal is intact then.
+    figures are means; an `appraisal` gives it further ones. The engine learns from the trials `earlier`, of other
+    searches, and the points of `start_from` are tried first. Raises StageError when no trial succeeds within the
+    limits, ResourceError when none can ever fit, KeyboardInterrupt when `cancel` is set; the journal is intact then.
     """
     metric, mode = objectives.first.metric, objectives.first.mode
     concurrent = concurrent_trials(resources)
@@ -101,7 +102,14 @@ def search(
     journal = Journal(folder / "journal.jsonl")
     try:
         ledger = Ledger(
-            engine, journal, reporter, budget=budget, seed=seed, objectives=objectives, start_from=start_from
+            engine,
+            journal,
+            reporter,
+            budget=budget,
+            seed=seed,
+            objectives=objectives,
+            start_from=start_from,
+            earlier=earlier,
         )
         if not ledger.over:
             if judge:

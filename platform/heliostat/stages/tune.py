@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from heliostat.core.artifact import write_json
@@ -25,11 +25,13 @@ from heliostat.core.space import (
 )
 from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
-from heliostat.errors import SpecError
+from heliostat.errors import SpecError, nearest
 from heliostat.stages.checks import check_arguments, check_loop, check_metric, check_searched
+from heliostat.stages.earlier import digest_of, lessons_of
 from heliostat.stages.evaluate_after import appraisal_of, check_appraised, check_passes
 from heliostat.stages.tune_config import (
     COSTS,
+    TRIALS,
     AshaConfig,
     MedianConfig,
     ObjectiveConfig,
@@ -39,6 +41,7 @@ from heliostat.stages.tune_config import (
 from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
+    from heliostat.runtime.journal import TrialRecord
     from heliostat.runtime.scheduling import Settings
     from heliostat.runtime.shared_data import DataProvider
     from heliostat.runtime.trials import SearchOutcome
@@ -67,11 +70,7 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     yield from _check_folds(config, view)
     if config.exhaustive:
         yield from _check_grid(config, space)
-    for index, point in enumerate(config.start_from):
-        try:
-            numbers_at(space, point)
-        except SpecError as error:
-            yield f"config.start_from[{index}].{error}"
+    yield from _check_start(config, space, view)
     yield from _check_objectives(config, view)
     yield from check_passes(config.evaluate_after, view)
     asking = ["config.evaluate_after"] if config.evaluate_after else []
@@ -97,6 +96,41 @@ def _check_grid(config: TuneConfig, space: Space) -> Iterator[str]:
         yield f"config.space.{error}"
     if config.trials is not None and size not in (None, config.trials):
         yield f"config.trials: a grid runs each of its {size} points, not {config.trials}; leave it out"
+
+
+def _check_start(config: TuneConfig, space: Space, view: ConfigView) -> Iterator[str]:
+    from heliostat.runtime.engines import engines
+
+    known = [*space.paths(), TRIALS]
+    for index, entry in enumerate(config.start_from):
+        if TRIALS in entry and len(entry) > 1:
+            yield f"config.start_from[{index}]: beside {TRIALS!r} stands nothing; what to try first is another entry"
+    for place, point in config.points.items():
+        strange = next((path for path in point if path not in known), None)
+        if strange is not None:
+            yield f"{place}.{strange}: not in the space{nearest(strange, known)}"
+            continue
+        try:
+            numbers_at(space, point)
+        except SpecError as error:
+            yield f"{place}.{error}"
+    for place, stated in config.earlier.items():
+        if config.engine and not config.engine.learns:
+            able = ", ".join(sorted(kind.name for kind in engines().values() if kind.learns))
+            yield f"{place}: {config.algorithm} learns from no trials; what does: {able}"
+        try:
+            lessons_of(stated, root=view.root, space=space, objectives=objectives_of(config, view.task.metric_modes))
+        except SpecError as error:
+            yield f"{place}: {error}"
+
+
+def _identity(config: TuneConfig, view: ConfigView) -> Mapping[str, Any]:
+    """Earlier trials count by what they are, and not by where they lie."""
+    written = config.model_dump(mode="json")
+    for entry in written["start_from"]:
+        if TRIALS in entry:
+            entry[TRIALS] = digest_of(entry[TRIALS], root=view.root)
+    return written
 
 
 def _check_objectives(config: TuneConfig, view: ConfigView) -> Iterator[str]:
@@ -159,6 +193,10 @@ def _explain(config: TuneConfig, view: ConfigView) -> Mapping[str, str]:
     algorithm, trials, reason = config.method
     useless = _why_useless(config, view.resources, trials) if config.scheduler else None
     explained = {"algorithm": f"{algorithm}, {reason}"} | ({"scheduler": useless} if useless else {})
+    for place, stated in config.earlier.items():
+        objectives = objectives_of(config, view.task.metric_modes)
+        lessons = lessons_of(stated, root=view.root, space=Space.parse(config.space), objectives=objectives)
+        explained[place.removeprefix("config.")] = f"learns from trials of an earlier search: {lessons}"
     if config.evaluate_after:
         passes = [step.chosen for step in config.evaluate_after]
         chain = ", then ".join(f"{uses} ({settings.method})" for uses, settings in passes)
@@ -188,7 +226,16 @@ def _at_once_here(resources: Resources) -> int:
     return resources.max_concurrent_trials or fit
 
 
-@stage("tune", output="params", place="driver", needs=_needs, workload=_workload, check=_check, explain=_explain)
+@stage(
+    "tune",
+    output="params",
+    place="driver",
+    needs=_needs,
+    workload=_workload,
+    check=_check,
+    identity=_identity,
+    explain=_explain,
+)
 def tune(context: StageContext, config: TuneConfig) -> StageResult:
     """Search. Each trial is one training of `config.train` with the parameters of the trial laid over it."""
     from heliostat.runtime.shared_data import shared_data
@@ -197,7 +244,8 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
         if provider and not any(path.startswith("data_args.") for path in config.searched):
             provider.provide(config.train.data_args)  # at once: it is built while this process imports Ray Tune
         objectives = objectives_of(config, context.task.metric_modes)
-        outcome = _search(context, config, objectives, provider)
+        earlier = _earlier(context, config, objectives)
+        outcome = _search(context, config, objectives, earlier, provider)
     algorithm, _, reason = config.method
     states = [trial.status for trial in outcome.trials]
     write_json(
@@ -231,13 +279,18 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
                 {"trial": t.id, **{metric: t.metrics[metric] for metric in objectives.metrics}} for t in outcome.front
             ],
             "trials": {state: states.count(state) for state in ("done", "stopped", "failed")},
+            **({"learned_from": f"{len(earlier)} earlier trials"} if earlier else {}),
             **({"rungs": [vars(rung) for rung in outcome.rungs]} if outcome.rungs else {}),
         },
     )
 
 
 def _search(
-    context: StageContext, config: TuneConfig, objectives: Objectives, provider: "DataProvider | None"
+    context: StageContext,
+    config: TuneConfig,
+    objectives: Objectives,
+    earlier: "Sequence[TrialRecord]",
+    provider: "DataProvider | None",
 ) -> "SearchOutcome":
     from heliostat.runtime.ledger import Budget
     from heliostat.runtime.trials import search
@@ -262,8 +315,17 @@ def _search(
         retries=context.retries,
         folds=config.folds,
         appraisal=appraisal_of(context, passes=config.evaluate_after, costs=tuple(config.costs)),
-        start_from=config.start_from,
+        start_from=tuple(config.points.values()),
+        earlier=earlier,
     )
+
+
+def _earlier(context: StageContext, config: TuneConfig, objectives: Objectives) -> "tuple[TrialRecord, ...]":
+    space = Space.parse(config.space)
+    searches = [
+        lessons_of(stated, root=context.root, space=space, objectives=objectives) for stated in config.earlier.values()
+    ]
+    return tuple(trial for lessons in searches for trial in lessons.trials)
 
 
 def _settings(scheduler: SchedulerConfig) -> "Settings":

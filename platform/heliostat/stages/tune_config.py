@@ -18,6 +18,8 @@ SMALL_SPACE = 64
 """`auto` tries every point of a discrete space up to this size, if the trials suffice."""
 BAYESIAN_FROM = 20
 """`auto` models the objective from this many trials on: TPE draws its first ones at random anyway."""
+TRIALS = "trials"
+"""What an entry of `start_from` that is no point says instead of parameters."""
 COSTS = ("latency_ms", "size_mb", "num_params")
 """What a trial's model may be measured for, besides the task's own metrics; less is better."""
 
@@ -37,6 +39,10 @@ def _to_objective(value: Any) -> Any:
         ((metric, mode),) = value.items()
         return {"metric": metric, "mode": mode}
     return value
+
+
+def _to_list(value: Any) -> Any:
+    return [value] if isinstance(value, Mapping) else value
 
 
 class AshaConfig(Spec):
@@ -114,8 +120,11 @@ class TuneConfig(Spec):
     ) = None
     """Several, as `[{val_accuracy: max}, {latency_ms: min}]`: the record has the Pareto set. The best of it, which goes
     on to training, is the best in the first; equals in that are told apart by the next. A scheduler sees the first."""
-    start_from: tuple[dict[str, Any], ...] = ()
-    """Parameters to try first, each a whole point of the space; the engine learns from them as from its own."""
+    start_from: Annotated[tuple[dict[str, Any], ...], BeforeValidator(_to_list)] = ()
+    """Parameters to try first, each a whole point of the space; the engine learns from them as from its own.
+
+    `{trials: PATH}` is an earlier search, by its folder: the engine learns from its trials, which are not run again.
+    """
     limits: dict[str, Number] = Field(default_factory=dict)
     """What a metric may be at most, or at least if more of it is better. No trial beyond one is the best, or on the
     front; a search in which none is within fails, and names the closest."""
@@ -133,6 +142,20 @@ class TuneConfig(Spec):
     def searched(self) -> list[str]:
         """The dotted paths that the search sets."""
         return Space.parse(self.space).paths()
+
+    @property
+    def points(self) -> dict[str, dict[str, Any]]:
+        """The parameters to try first, by their places."""
+        return {place: entry for place, entry in self._starts if TRIALS not in entry}
+
+    @property
+    def earlier(self) -> dict[str, str]:
+        """The paths of the searches to learn from, by their places."""
+        return {f"{place}.{TRIALS}": str(entry[TRIALS]) for place, entry in self._starts if TRIALS in entry}
+
+    @property
+    def _starts(self) -> list[tuple[str, dict[str, Any]]]:
+        return [(f"config.start_from[{index}]", entry) for index, entry in enumerate(self.start_from)]
 
     @property
     def code_references(self) -> tuple[str, ...]:
@@ -172,11 +195,13 @@ class TuneConfig(Spec):
         trials = self.trials or 16
         if self.algorithm != "auto":
             return self.algorithm, trials, "as asked"
-        if size is not None and size <= min(SMALL_SPACE, trials):
+        if not self.earlier and size is not None and size <= min(SMALL_SPACE, trials):
             return "grid", size, f"the space has only {size} points"
-        if trials < BAYESIAN_FROM:
+        if not self.earlier and trials < BAYESIAN_FROM:
             return "random", trials, f"{trials} trials are too few to learn a model of the space from"
         enough = f"{trials} trials suffice to learn where the space is good"
+        if self.earlier:
+            enough = "there are earlier trials to learn from"
         if len(self.aims) > 1:
             return "optuna_tpe", trials, f"{enough}, and unlike bayesian it takes several objectives"
         if self.limits:

@@ -43,6 +43,8 @@ class EngineKind:
     make: MakeEngine
     exhaustive: bool = False
     """It tries each point of a discrete space once: the space says how many trials there are."""
+    learns: bool = True
+    """What came of trials has a say in what it suggests next."""
     several: bool = True
     """It can take several objectives."""
 

@@ -40,4 +40,7 @@ def _samples(space: Space, rng: random.Random) -> Iterator[dict[str, Any]]:
         yield space.sample(rng)
 
 
-ENGINES = (EngineKind("grid", make_grid, exhaustive=True), EngineKind("random", make_random))
+ENGINES = (
+    EngineKind("grid", make_grid, exhaustive=True, learns=False),
+    EngineKind("random", make_random, learns=False),
+)
