@@ -93,7 +93,8 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
     with _written_to(pipeline.storage_folder):
         runs.write_run(pipeline.storage_folder, run_id, {"key": key, **run_document(begun)})
     with ExitStack() as tracked:  # what is left to track is delivered while Ray ends
-        with session.start(address, log=log, root=pipeline.root) as ray:
+        preload = {module for node in planned.nodes if node.status == "run" for module in node.kind.preload}
+        with session.start(address, log=log, root=pipeline.root, preload=preload) as ray:
             where = "this machine" if address is None else f"the cluster at {address}"
             check_fits(planned, ray.capacity(), where=where)
             history = tracked.enter_context(History.open(planned, key, view.note, cut_off))

@@ -161,6 +161,8 @@ class StageKind:
     measured: Measured
     """When the speed of the models that go in is measured: `later` (the stage does not look at it, and need not wait),
     `before` it starts, or `together`, in one measurement of all of them, so that they can be compared."""
+    preload: Sequence[str]
+    """Modules of the driver's part that take long to import: they are imported while Ray starts."""
     reference: str
 
 
@@ -185,6 +187,7 @@ def stage(
     explain: Callable[[Any, ConfigView], Mapping[str, str]] = lambda config, view: {},
     keeps_metrics: bool = False,
     measured: Measured = "before",
+    preload: Sequence[str] = (),
 ) -> Callable[[F], F]:
     """Declare a stage kind over `function(context, config) -> StageResult`; `config` is annotated with its model."""
 
@@ -212,6 +215,7 @@ def stage(
             explain=explain,
             keeps_metrics=keeps_metrics,
             measured=measured,
+            preload=preload,
             reference=reference,
         )
         function.__stage_kind__ = kind  # type: ignore[attr-defined]

@@ -5,13 +5,15 @@ print, and what C++ code writes to file descriptor 2. The latter points at the l
 `sys.stderr` keeps writing to where it wrote before.
 """
 
+import importlib
 import logging
 import os
 import shutil
 import socket
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +49,13 @@ def cluster_capacity() -> Capacity:
 
 
 @contextmanager
-def start(address: str | None = None, *, log: Path, root: Path, num_cpus: int | None = None) -> Iterator[Session]:
+def start(
+    address: str | None = None, *, log: Path, root: Path, num_cpus: int | None = None, preload: Iterable[str] = ()
+) -> Iterator[Session]:
     """Start an embedded Ray, or connect to the one at `address` (`auto`, `host:port`, `ray://host:port`).
 
-    `root` is the folder of the user's modules; it is shipped to a cluster. The embedded Ray ends with the block, and
+    `root` is the folder of the user's modules; it is shipped to a cluster. The modules of `preload` are imported
+    meanwhile: for half of its start Ray waits. The embedded Ray ends with the block, and
     with the process whatever ends it. The kernel ties it to the *thread* that enters the block: that thread must live
     as long as the session. Raises SpecError when nothing answers at `address`.
     """
@@ -60,6 +65,7 @@ def start(address: str | None = None, *, log: Path, root: Path, num_cpus: int | 
     with ExitStack() as stack:
         sink = stack.enter_context(open(log, "a", buffering=1, encoding="utf-8", errors="replace"))
         stack.enter_context(_quiet(sink))
+        threading.Thread(target=_import_all, args=(list(preload),), name="preload", daemon=True).start()
         temp = Path(
             f"/tmp/ray-{os.getuid()}"
         )  # a Unix socket's path has 107 characters at most, and TMPDIR may be long
@@ -81,6 +87,11 @@ def start(address: str | None = None, *, log: Path, root: Path, num_cpus: int | 
             raise SpecError(f"--address {address}: no Ray answers there: {error} (Ray's own log: {log})") from error
         stack.callback(_end, temp / Path(context.address_info["session_dir"]).name if address is None else None)
         yield Session(embedded=address is None, log=log)
+
+
+def _import_all(modules: Iterable[str]) -> None:
+    for module in modules:
+        importlib.import_module(module)
 
 
 def _check_answers(address: str) -> None:

@@ -39,7 +39,7 @@ from heliostat.runtime.session import cluster_capacity
 from heliostat.runtime.shared_data import DataProvider
 from heliostat.runtime.tasks import why_it_died
 from heliostat.runtime.trial_actor import TrialActor, TrialWork
-from heliostat.runtime.tune_memory import survive_memory_kills
+from heliostat.runtime.tune_mends import mend_tune
 from heliostat.training.config import TrainConfig
 
 POLL_S = 0.1
@@ -269,7 +269,7 @@ class _Over(tune.Stopper):  # type: ignore[misc]
 def _run_tune(
     searcher: _TuneSearcher, work: TrialWork, judge: Scheduler | None, *, concurrent: int, cancel: threading.Event
 ) -> None:
-    survive_memory_kills()
+    mend_tune()
     ledger = searcher.ledger
     trainable = f"trials-{uuid.uuid4().hex}"
     with _registering:

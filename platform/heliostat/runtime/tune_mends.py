@@ -1,11 +1,13 @@
-"""What Ray says of a process that it killed for its memory, as Tune can take it.
+"""What of Ray Tune (2.60) is put right in this process, before its first search.
 
-Such a process is an `OutOfMemoryError`, which is no `RayActorError`. Ray Tune (2.60) knows only of the latter, and ends
-the whole search at the first of the former: "Caught unexpected exception". Here it becomes one.
+- A process that Ray killed for its memory is an `OutOfMemoryError`, which is no `RayActorError`. Tune knows only of the
+  latter, and ends the whole search at the first of the former: "Caught unexpected exception". Here it becomes one.
+- Tune counts its callbacks by kind, for statistics that are switched off, and imports MLflow for that.
 """
 
 from typing import Any
 
+from ray.air._internal import usage
 from ray.air.execution._internal import RayActorManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 
@@ -18,9 +20,10 @@ class ActorOutOfMemoryError(OutOfMemoryError, RayActorError):  # type: ignore[mi
         OutOfMemoryError.__init__(self, message)
 
 
-def survive_memory_kills() -> None:
-    """From now on, in this process, Tune treats a trial's process that was killed for its memory like any dead one."""
+def mend_tune() -> None:
+    """From now on Tune treats a trial's process that was killed for its memory like any dead one, and counts nothing."""
     RayActorManager._actor_task_failed = _as_dead_actor
+    usage.tag_callbacks = lambda callbacks: False
 
 
 _told_of_failure = RayActorManager._actor_task_failed
