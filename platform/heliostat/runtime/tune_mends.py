@@ -23,7 +23,11 @@ class ActorOutOfMemoryError(OutOfMemoryError, RayActorError):  # type: ignore[mi
 def mend_tune() -> None:
     """From now on Tune treats a trial's process that was killed for its memory like any dead one, and counts nothing."""
     RayActorManager._actor_task_failed = _as_dead_actor
-    usage.tag_callbacks = lambda callbacks: False
+    usage.tag_callbacks = _count_nothing
+
+
+def _count_nothing(callbacks: Any) -> bool:
+    return False
 
 
 _told_of_failure = RayActorManager._actor_task_failed
