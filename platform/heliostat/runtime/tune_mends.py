@@ -21,7 +21,7 @@ class ActorOutOfMemoryError(OutOfMemoryError, RayActorError):  # type: ignore[mi
 
 
 def mend_tune() -> None:
-    """From now on Tune treats a trial's process that was killed for its memory like any dead one, and counts nothing."""
+    """From now on Tune takes a trial's process that was killed for its memory for any dead one, and counts nothing."""
     RayActorManager._actor_task_failed = _as_dead_actor
     usage.tag_callbacks = _count_nothing
 
