@@ -1,11 +1,14 @@
 """One way to save and to load any model artifact: a folder with `model.json`, which says what it is, and its weights.
 
     torch   model.json, weights.pt, code/    the user's constructor, its arguments, the pruning history, a state dict
-    onnx    model.json, model.onnx           the graph with its weights; needs no training code
+    onnx    model.json, model.onnx           the graph with its weights, as the next three; needs no training code
+    pt2     model.json, model.pt2            of `torch.export`, run by torch
+    tflite  model.json, model.tflite         run by LiteRT; one row at a time
+    pte     model.json, model.pte            run by ExecuTorch; one row at a time
 
-`load_model` gives the same callable for each: a batch in, the outputs out. Loading never unpickles arbitrary objects: a
-torch model is built by calling its constructor and loading tensors into it. The constructor's source travels in `code/`
-and is imported from there, so that the artifact keeps working whatever becomes of the user's folder.
+`load_model` gives the same callable for each: a batch in, the outputs out. Loading a torch model never unpickles
+arbitrary objects: it is built by calling its constructor and loading tensors into it. The constructor's source travels
+in `code/` and is imported from there, so that the artifact keeps working whatever becomes of the user's folder.
 """
 
 import json
@@ -20,10 +23,9 @@ from torch import Tensor, nn
 
 from heliostat.compression.history import replay
 from heliostat.compression.macs import num_macs
+from heliostat.compression.runtimes import Run, RunOn, on_torch_threads, run_onnx, run_pt2, run_pte, run_tflite
 from heliostat.core.imports import call_isolated
 from heliostat.errors import ArtifactError, HeliostatError, nearest
-
-Run = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Model:
     input_shape: tuple[int, ...]
     """Of one row: without the batch."""
     input_dtype: torch.dtype
-    _run_on: Callable[[int], Run] = field(repr=False)
+    _run_on: RunOn = field(repr=False)
     """For a number of threads, the function that runs the model on that many."""
     _run: Run = field(repr=False)
 
@@ -52,7 +54,7 @@ class Format:
     """How artifacts of one format are loaded, and which of their files are deployed (code and records are not)."""
 
     deployed: tuple[str, ...]
-    run_on: Callable[[Path, Mapping[str, Any]], Callable[[int], Run]]
+    run_on: Callable[[Path, Mapping[str, Any]], RunOn]
 
 
 # --- any format -----------------------------------------------------------------------------------------------------
@@ -177,53 +179,15 @@ def load_torch(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _run_torch(folder: Path, record: Mapping[str, Any]) -> Callable[[int], Run]:
-    model: Run = load_torch(folder)
-
-    def run_on(threads: int) -> Run:
-        def run(batch: Tensor) -> Tensor:
-            before = torch.get_num_threads()
-            if before == threads:
-                return model(batch)
-            torch.set_num_threads(threads)
-            try:
-                return model(batch)
-            finally:
-                torch.set_num_threads(before)
-
-        return run
-
-    return run_on
-
-
-# --- onnx -----------------------------------------------------------------------------------------------------------
-
-
-def _run_onnx(folder: Path, record: Mapping[str, Any]) -> Callable[[int], Run]:
-    import onnxruntime
-
-    file = folder / "model.onnx"
-
-    def run_on(threads: int) -> Run:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3  # errors; the warnings are about the graph's optimisation
-        try:
-            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its exceptions have no common base but this
-            raise ArtifactError(f"{file} is damaged or does not run here: {error}") from error
-        name, output = session.get_inputs()[0].name, session.get_outputs()[0].name
-
-        def run(batch: Tensor) -> Tensor:
-            return torch.from_numpy(session.run([output], {name: batch.numpy()})[0])
-
-        return run
-
-    return run_on
+def _run_torch(folder: Path, record: Mapping[str, Any]) -> RunOn:
+    return on_torch_threads(load_torch(folder))
 
 
 FORMATS: dict[str, Format] = {
     "torch": Format(deployed=("weights.pt",), run_on=_run_torch),
-    "onnx": Format(deployed=("model.onnx",), run_on=_run_onnx),
+    "onnx": Format(deployed=("model.onnx",), run_on=run_onnx),
+    "pt2": Format(deployed=("model.pt2",), run_on=run_pt2),
+    "tflite": Format(deployed=("model.tflite",), run_on=run_tflite),
+    "pte": Format(deployed=("model.pte",), run_on=run_pte),
 }
 """Every format that `load_model` knows."""

@@ -18,7 +18,8 @@ def num_params(model: nn.Module | Path) -> int:
     """The number of parameters of a torch model, or of the artifact in a folder.
 
     In an ONNX graph these are the numbers in its constant tensors, a quantised one counted once; scales, zero points,
-    scalars and the integers that only say shapes and axes are not parameters.
+    scalars and the integers that only say shapes and axes are not parameters. A `.pt2`, `.tflite` or `.pte` has as many
+    as the torch model that it was made of.
     """
     if isinstance(model, nn.Module):
         return sum(p.numel() for p in model.parameters())
@@ -28,6 +29,13 @@ def num_params(model: nn.Module | Path) -> int:
 def num_nonzero(folder: Path) -> int:
     """How many parameters of the artifact are not zero. All weights stored in blocks of few bits count."""
     return COUNTS[read_record(folder)["format"]](folder)[1]
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """The parameters of a torch model, and how many of them are not zero."""
+    parameters = list(model.parameters())
+    dense = [p.dequantize() if hasattr(p, "qdata") else p for p in parameters]  # torchao's own tensors cannot count
+    return sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in dense)
 
 
 def size_mb(folder: Path) -> float:
@@ -48,9 +56,7 @@ def size_zip_mb(folder: Path) -> float:
 
 
 def _count_torch(folder: Path) -> tuple[int, int]:
-    parameters = list(load_torch(folder).parameters())
-    dense = [p.dequantize() if hasattr(p, "qdata") else p for p in parameters]  # torchao's own tensors cannot count
-    return sum(p.numel() for p in parameters), sum(int(p.count_nonzero()) for p in dense)
+    return count_parameters(load_torch(folder))
 
 
 def _count_onnx(folder: Path) -> tuple[int, int]:
@@ -94,5 +100,17 @@ def _zero_points(graph: Any, tensors: Any) -> Iterator[tuple[str, Any]]:
             yield node.input[0], zero.reshape(shape)
 
 
-COUNTS: dict[str, Callable[[Path], tuple[int, int]]] = {"torch": _count_torch, "onnx": _count_onnx}
+def _as_recorded(folder: Path) -> tuple[int, int]:
+    """Of the torch model that the file was made of."""
+    record = read_record(folder)
+    return record["num_params"], record["num_nonzero"]
+
+
+COUNTS: dict[str, Callable[[Path], tuple[int, int]]] = {
+    "torch": _count_torch,
+    "onnx": _count_onnx,
+    "pt2": _as_recorded,
+    "tflite": _as_recorded,
+    "pte": _as_recorded,
+}
 """By format: the parameters, and those that are not zero."""

@@ -55,7 +55,7 @@ def distill(context: StageContext, config: DistillConfig) -> StageResult:
     from heliostat.compression.distill import mean_outputs
     from heliostat.compression.formats import load_model
     from heliostat.compression.size import num_params
-    from heliostat.stages.models import fine_tune, parity, save_trained, train_config_of
+    from heliostat.stages.models import fine_tune, parity, reload_parity, save_trained, train_config_of
     from heliostat.training.seeding import seed_everything
     from heliostat.training.task import build_data, build_model
 
@@ -90,7 +90,7 @@ def distill(context: StageContext, config: DistillConfig) -> StageResult:
             "history": fitted.history,
             "warnings": warnings,
             "parity": {
-                "reload": parity(context, student, model, against="the model before saving"),
+                "reload": reload_parity(context, student, model),
                 "source": parity(context, student, teacher, against=", ".join(t.node for t in teachers)),
             },
         },

@@ -99,7 +99,7 @@ def mend(
         found["history"] = rows
     files = shop.save(model.eval(), history=[*described["history"], *steps], reference=described["reference"])
     found["parity"] = {
-        "reload": shop.parity(model, against="the model before saving"),
+        "reload": shop.reload_parity(model),
         "source": shop.parity(torch_model(source), against=source.node),
     }
     return StageResult(files=files, metrics=metrics, details=found)

@@ -75,3 +75,8 @@ def fine_tune(context: StageContext, model: "nn.Module", config: TrainConfig, **
 def parity(context: StageContext, config: TrainConfig, source: Any, *, against: str) -> dict[str, Any]:
     """`Workshop.parity` in a stage, of a model trained by `config`."""
     return workshop_of(context, config).parity(source, against=against)
+
+
+def reload_parity(context: StageContext, config: TrainConfig, model: "nn.Module") -> dict[str, Any]:
+    """`Workshop.reload_parity` in a stage, of a model trained by `config`."""
+    return workshop_of(context, config).reload_parity(model)

@@ -73,7 +73,7 @@ def train(context: StageContext, config: TrainConfig) -> StageResult:
 
 def _keep(context: StageContext, config: TrainConfig, fitted: "Fit") -> StageResult:
     """Write the artifact, in the process of the first worker."""
-    from heliostat.stages.models import parity, save_trained
+    from heliostat.stages.models import reload_parity, save_trained
     from heliostat.training.seeding import seed_everything
     from heliostat.training.task import build_model
 
@@ -90,6 +90,6 @@ def _keep(context: StageContext, config: TrainConfig, fitted: "Fit") -> StageRes
             "epochs": fitted.epochs,
             "history": fitted.history,
             "validations": fitted.validations,
-            "parity": {"reload": parity(context, config, model, against="the model before saving")},
+            "parity": {"reload": reload_parity(context, config, model)},
         },
     )

@@ -19,7 +19,7 @@ from heliostat.compression.verdict import has_int8_instructions
 from heliostat.core.stage import StageResult
 from heliostat.stages.finetuning import taught_by
 from heliostat.stages.models import describe, torch_model
-from heliostat.stages.passes.workshop import Source, Workshop
+from heliostat.stages.passes.workshop import PARITY_SAMPLES, Source, Workshop
 from heliostat.stages.quantize import QuantizeConfig
 from heliostat.training.evaluation import evaluate
 from heliostat.training.loop import Fit
@@ -40,10 +40,10 @@ def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> St
             model, tuned, exact = _aware(shop, source, config)
             details |= {"history": tuned.history, "best_epoch": tuned.epoch, "not_rounded": exact}
             metrics, onnx = tuned.metrics, Path(scratch, "aware")
-            save_onnx(model, onnx, example=shop.samples("val", 2))
+            save_onnx(model, onnx, example=shop.samples("val", PARITY_SAMPLES))
         elif describe(source.folder)["format"] != "onnx":
             onnx = Path(scratch, "float")
-            save_onnx(torch_model(source), onnx, example=shop.samples("val", 2))
+            save_onnx(torch_model(source), onnx, example=shop.samples("val", PARITY_SAMPLES))
 
         if config.method == "dynamic":
             files = dynamic(onnx, shop.folder, reduce_range=config.reduce_range, skip=config.skip)
@@ -139,7 +139,7 @@ def _in_torch(shop: Workshop, source: Source, config: QuantizeConfig) -> StageRe
         quantization=quantization,
     )
     compared = {
-        "reload": shop.parity(small, against="the model before saving"),
+        "reload": shop.reload_parity(small),
         "source": shop.parity(model, against=source.node),
     }
     return StageResult(files=files, details={"quantization": quantization, "parity": compared})

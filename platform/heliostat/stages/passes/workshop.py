@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from heliostat.compression.formats import load_model, save_torch
+from heliostat.compression.formats import load_model, load_torch, save_torch
 from heliostat.compression.measure import compare_outputs
+from heliostat.compression.parity import check_parity, values_of_module
 from heliostat.core.imports import own_sources
 from heliostat.core.spec import Task
 from heliostat.training.batches import Batch, epoch_batches
@@ -122,6 +124,16 @@ class Workshop:
             example=self.example,
             **more,
         )
+
+    def reload_parity(self, model: nn.Module) -> dict[str, Any]:
+        """How far what was saved, loaded again, is from `model` on real samples of the validation split.
+
+        Raises StageError if it is too far, and names the first layer where they part.
+        """
+        loaded, inputs = load_torch(self.folder), self.samples("val", PARITY_SAMPLES)
+        what, values = "the model, saved and loaded again,", partial(values_of_module, loaded)
+        check_parity(model.eval(), loaded, inputs, what=what, values=values)
+        return self.parity(model, against="the model before saving")
 
     def parity(self, source: Any, *, against: str) -> dict[str, Any]:
         """How far what is in the folder, loaded again, is from `source` on real samples of the validation split."""

@@ -1,0 +1,141 @@
+"""From a torch model to a file that `torch.export` starts: `.pt2` (torch), `.tflite` (LiteRT) or `.pte` (ExecuTorch).
+
+Each is proven twice on real data: the exported graph against the model, layer by layer if they part, and then the file,
+loaded again. A `.pt2` takes a batch of any size. A device takes one input at a time, and LiteRT's converter knows no
+free batch, so a `.tflite` and a `.pte` are made for one row.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from heliostat.compression.formats import describe_input, load_model, write_record
+from heliostat.compression.macs import num_macs
+from heliostat.compression.parity import (
+    allowed,
+    apart,
+    check_parity,
+    difference,
+    require_one_tensor,
+    seeded,
+    values_of_program,
+)
+from heliostat.compression.quiet import quiet
+from heliostat.compression.refusal import reason
+from heliostat.compression.runtimes import row_by_row
+from heliostat.compression.size import count_parameters
+from heliostat.core.extras import missing
+from heliostat.errors import StageError
+
+NUM_CHECKED_ROWS = 32
+"""Of the exported graph, of which the file is made."""
+
+
+@dataclass(frozen=True)
+class Converter:
+    """How a file is made of an exported program."""
+
+    convert: Callable[[ExportedProgram, Path], None]
+    free_batch: bool
+    needs: str | None = None
+    """The package that an extra brings."""
+
+
+def save_program(model: nn.Module, folder: Path, *, example: Tensor, format: str) -> list[str]:
+    """Save `model` in one of the formats of `CONVERTERS`. Returns the names of the files.
+
+    Args:
+        example: a batch that the model takes, of real data: all of its rows are checked.
+
+    Raises:
+        StageError: the package for it is not installed; the model cannot be exported, with the line of its code; what
+            is exported or converted does not compute what the model does, with the first layer where they part.
+    """
+    converter = CONVERTERS[format]
+    if converter.needs and (problem := missing(converter.needs)) is not None:
+        raise StageError(f"the format {format!r}: {problem}")
+    folder.mkdir(parents=True, exist_ok=True)
+    model = copy.deepcopy(model).eval().cpu()
+    example = example.detach().cpu()
+    require_one_tensor(seeded(model, example[:1]))
+    program = exported(model, example, free_batch=converter.free_batch)
+    graph = program.module(check_guards=False)
+    check_parity(
+        model,
+        graph if converter.free_batch else row_by_row(graph),
+        example[:NUM_CHECKED_ROWS],
+        what="the graph of torch.export",
+        values=lambda rows: values_of_program(program, rows),
+    )
+
+    file = folder / f"model.{format}"
+    try:
+        with quiet():
+            converter.convert(program, file)
+    except Exception as error:  # converters raise all kinds
+        raise StageError(f"the model cannot be converted to {format}. {reason(error)}") from error
+    count, nonzero = count_parameters(model)
+    record = {
+        "format": format,
+        "input": describe_input(example),
+        "macs": num_macs(model, example),
+        "num_params": count,
+        "num_nonzero": nonzero,
+        "quantization": None,
+    }
+    write_record(folder, record)
+    wanted, found = seeded(model, example), seeded(load_model(folder), example)
+    if found.shape != wanted.shape or apart(found, wanted):
+        raise StageError(
+            f"{file.name} does not answer as the model: outputs differ by {difference(found, wanted):.3g}, tolerance "
+            f"{allowed(wanted):.3g}. All layers of the exported graph agree: the conversion to {format} errs"
+        )
+    return ["model.json", file.name]
+
+
+def exported(model: nn.Module, example: Tensor, *, free_batch: bool) -> ExportedProgram:
+    """The graph of `model`, for a batch of any size or for one row.
+
+    Raises:
+        StageError: it cannot be exported, with the line of the user's code.
+    """
+    rows = torch.cat([example, example])[:2] if free_batch else example[:1]  # of one row, the batch becomes constant
+    shapes = ({0: Dim.DYNAMIC},) if free_batch else None
+    try:
+        with quiet(), torch.no_grad():
+            return torch.export.export(model, (rows,), dynamic_shapes=shapes)
+    except Exception as error:  # torch.export, and the model under it, may raise anything
+        raise StageError(f"the model cannot be exported. {reason(error)}") from error
+
+
+def _to_pt2(program: ExportedProgram, file: Path) -> None:
+    program.example_inputs = None  # a row of the user's data has no place in the file
+    torch.export.save(program, file)
+
+
+def _to_tflite(program: ExportedProgram, file: Path) -> None:
+    import litert_torch
+
+    arguments, _ = program.example_inputs or ((), {})
+    litert_torch.convert(program.module(check_guards=False), arguments).export(str(file))
+
+
+def _to_pte(program: ExportedProgram, file: Path) -> None:
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    file.write_bytes(lowered.to_executorch().buffer)
+
+
+CONVERTERS: dict[str, Converter] = {
+    "pt2": Converter(_to_pt2, free_batch=True),
+    "tflite": Converter(_to_tflite, free_batch=False, needs="litert_torch"),
+    "pte": Converter(_to_pte, free_batch=False, needs="executorch"),
+}
+"""By format."""
