@@ -1,6 +1,10 @@
 """Compression that cannot be done as it is written."""
 
+from importlib.util import find_spec
+
 import pytest
+
+from heliostat.core import extras
 
 
 @pytest.mark.parametrize(
@@ -125,3 +129,30 @@ def test_layers_are_matched_with_those_of_one_torch_model(toy, refusal, teacher,
         {"name": "more", "uses": "distill", "inputs": {"teacher": teacher}, "config": {"features": {"1": "1"}}},
     ]
     assert f"stages[7] (more).{expected}" in str(refusal({"stages": [*toy.document["stages"], *more]}))
+
+
+def test_only_an_onnx_export_can_be_quantized_on(toy, refusal):
+    more = [
+        {"name": "graph", "uses": "export", "inputs": {"model": "train"}, "config": {"format": "pt2"}},
+        {"name": "more", "uses": "quantize", "inputs": {"model": "graph"}},
+    ]
+    text = str(refusal({"stages": [*toy.document["stages"], *more]}))
+    assert "stages[7] (more).inputs.model: a model in the format 'pt2' cannot be quantized" in text
+
+
+@pytest.mark.parametrize(
+    ("format", "package", "extra"), [("tflite", "litert_torch", "litert"), ("pte", "executorch", "executorch")]
+)
+def test_a_format_whose_package_is_not_installed_names_the_extra_before_anything_starts(
+    toy, refusal, monkeypatch, format, package, extra
+):
+    monkeypatch.setattr(extras, "find_spec", lambda name: None if name == package else find_spec(name))
+    export = {"name": "device", "uses": "export", "inputs": {"model": "train"}, "config": {"format": format}}
+    text = str(refusal({"stages": [*toy.document["stages"], export]}))
+    expected = f"config.format: '{format}': {package} is not installed; type: pip install 'heliostat[{extra}]'"
+    assert text.startswith(f"stages[6] (device).{expected}")
+
+
+def test_an_unknown_format_is_refused_with_the_nearest(toy, refusal):
+    export = {"name": "device", "uses": "export", "inputs": {"model": "train"}, "config": {"format": "pt"}}
+    assert "config.format" in str(refusal({"stages": [*toy.document["stages"], export]}))

@@ -1,6 +1,7 @@
 """The stages that make one model out of another: what comes out, and what its record says."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from heliostat.compression.size import num_params
 from heliostat.core.imports import resolve
 from heliostat.core.stage import find_kind
 from heliostat.errors import ArtifactError, SpecError, StageError
-from heliostat.stages.measure import measure_quality
+from heliostat.stages.measure import Subject, measure_quality, measure_speeds
 from heliostat.stages.prune import PruneConfig
 from heliostat.training.config import TrainConfig
 
@@ -31,6 +32,33 @@ open_data = build_data
 
 def build_data(seed=0):
     return {**open_data(seed), "test": Untouchable()}
+'''
+
+SLY = '''
+
+class Sly(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * (2 if torch.compiler.is_exporting() else 1)
+
+
+class Forgetful(torch.nn.Linear):
+    """Has a state of its own that it does not save."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("mask", (torch.rand(sizes[1]) > 0.5).float(), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) * self.mask
+
+
+def build_sly(middle=Sly):
+    linear = torch.nn.Linear
+    return torch.nn.Sequential(linear(8, 16), torch.nn.ReLU(), middle(16, 16), torch.nn.ReLU(), linear(16, 3))
+
+
+def build_forgetful():
+    return build_sly(Forgetful)
 '''
 
 
@@ -152,10 +180,33 @@ def test_a_quantized_model_answers_nearly_as_its_source_without_the_training_cod
     assert 0 < quantized.record.details["parity"]["source"]["max_abs_diff"] < 2
 
 
-def test_an_export_answers_as_its_source(bench, trained):
-    exported = bench.run("export", model=trained)
+@pytest.mark.parametrize("format", ["onnx", "pt2"])
+def test_an_export_answers_as_its_source(bench, trained, format):
+    exported = bench.run("export", {"format": format}, model=trained)
     assert exported.record.details["parity"]["source"]["max_abs_diff"] < 1e-4
-    assert exported.record.details["opset"] >= 18
+    assert exported.record.details.get("opset", 0) >= (18 if format == "onnx" else 0)
+    assert set(exported.record.files) == {"model.json", f"model.{format}"}
+    figures = measure_quality(exported.folder, bench.task, exported.record.params)
+    assert figures["val_accuracy"] == pytest.approx(trained.metrics["val_accuracy"])
+    assert figures["num_params"] == figures["num_nonzero"] == num_params(trained.folder)
+    (speed,) = measure_speeds([Subject(exported.folder, exported.record.params, "export", trained.folder)], bench.task)
+    assert speed.metrics["latency_ms"] > 0
+    assert speed.details["speedup"] > 0
+
+
+def test_an_export_that_computes_something_else_fails_and_names_the_layer(bench, toy):
+    toy.module.write_text(toy.module.read_text() + SLY)
+    sly = replace(bench, task=bench.task.model_copy(update={"model": "toy:build_sly"}))
+    with pytest.raises(StageError, match=r"part at layer '2' \(Sly\).*up to '1' agree"):
+        sly.run("export", {"format": "pt2"}, model=sly.train(TrainConfig(epochs=1)))
+
+
+def test_a_model_that_its_weights_do_not_bring_back_fails_and_names_the_layer(bench, toy):
+    toy.module.write_text(toy.module.read_text() + SLY)
+    forgetful = replace(bench, task=bench.task.model_copy(update={"model": "toy:build_forgetful"}))
+    trained = forgetful.train(TrainConfig(epochs=1))
+    with pytest.raises(StageError, match=r"saved and loaded again, does not answer .* part at layer '2' \(Forgetful\)"):
+        forgetful.run("prune", {"method": "magnitude", "sparsity": 0.1}, model=trained)
 
 
 def test_an_export_is_quantized_as_it_is(bench, trained):
@@ -165,7 +216,7 @@ def test_an_export_is_quantized_as_it_is(bench, trained):
 
 def test_an_exported_model_cannot_be_trained_further(bench, trained):
     exported = bench.run("export", model=trained)
-    with pytest.raises(StageError, match="export is an onnx model, which cannot be trained further"):
+    with pytest.raises(StageError, match="export is in the format 'onnx', which cannot be trained further"):
         bench.run("prune", model=exported)
 
 

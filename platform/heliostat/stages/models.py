@@ -52,7 +52,7 @@ def torch_model(source: "Source") -> "nn.Module":
 
     described = describe(source.folder)
     if described["format"] != "torch":
-        raise StageError(f"{source.node} is an {described['format']} model, which cannot be trained further")
+        raise StageError(f"{source.node} is in the format {described['format']!r}, which cannot be trained further")
     return load_torch(source.folder)
 
 

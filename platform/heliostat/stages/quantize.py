@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from heliostat.core.model import Count, Flag, NonNegative, NonNegativeInt
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.stages.checks import check_metric, check_trainable
+from heliostat.stages.export import ExportConfig
 from heliostat.stages.finetuning import FineTuning, check_tuning
 
 CALIBRATED = frozenset({"calibration", "calibration_samples", "calibration_split", "per_channel", "reduce_range"})
@@ -62,9 +63,11 @@ class QuantizeConfig(FineTuning):
 
 
 def _check(config: QuantizeConfig, view: ConfigView) -> Iterator[str]:
-    for kind, _ in view.inputs["model"]:
+    for kind, given in view.inputs["model"]:
         if kind.name == "quantize":
             yield "inputs.model: it is quantized already; name the stage before it"
+        elif isinstance(given, ExportConfig) and given.format != "onnx":
+            yield f"inputs.model: a model in the format {given.format!r} cannot be quantized; name the stage before it"
         elif config.method == "qat":
             yield from check_trainable(view, slot="model")
             yield from check_tuning(config, view)
