@@ -37,6 +37,11 @@ def test_the_work_ahead_is_told_from_the_config_alone():
         return kind.workload(kind.config(**config))
 
     assert workload("tune", space=SMALL, train={"epochs": 3}) == {"trials": 4, "epochs": 12}
+    twice = {"evaluate_after": [{"prune": {"finetune_epochs": 2}}, {"quantize": {"method": "qat"}}]}
+    qat = workload("quantize", method="qat")["epochs"]
+    alone = {"space": SMALL, "train": {"epochs": 4}, **twice}
+    assert workload("tune", **alone) == {"trials": 4, "epochs": 4 * (4 + 2 + qat)}
+    assert workload("tune", **alone, scheduler="asha") == {"trials": 4, "epochs": 4 * (4 + 3 * (2 + qat))}
     assert workload("train", epochs=7) == {"epochs": 7}
     assert workload("prune", finetune_epochs=2) == {"epochs": 2}
     assert workload("distill", epochs=5) == {"epochs": 5}

@@ -66,6 +66,12 @@ def references_of(passes: Sequence[PassConfig]) -> tuple[str, ...]:
     return tuple(reference for step in passes for reference in step.chosen[1].code_references)
 
 
+def epochs_of(passes: Sequence[PassConfig]) -> int:
+    """How many epochs the passes train for, each time."""
+    steps = [step.chosen for step in passes]
+    return sum(find_kind(uses).workload(config).get("epochs", 0) for uses, config in steps)
+
+
 def appraisal_of(context: StageContext, *, passes: Sequence[PassConfig], costs: Sequence[str]) -> "Appraisal | None":
     """What the trials of a search are measured for, where that is more than the figures of their epochs.
 

@@ -186,7 +186,7 @@ def _needs(resources: Resources) -> Need:
 
 def _workload(config: TuneConfig) -> dict[str, int]:
     _, trials, _ = config.method
-    return {"trials": trials, "epochs": trials * config.train.epochs * (config.folds or 1)}
+    return {"trials": trials, "epochs": trials * config.epochs_per_trial}
 
 
 def _explain(config: TuneConfig, view: ConfigView) -> Mapping[str, str]:

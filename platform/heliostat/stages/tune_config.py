@@ -1,6 +1,6 @@
 """What a pipeline file may say of a search, and what its defaults and `auto` come down to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from heliostat.core.model import Count, Integer, Number, Positive, Spec
 from heliostat.core.space import Space
 from heliostat.errors import nearest
-from heliostat.stages.evaluate_after import PassConfig, references_of
+from heliostat.stages.evaluate_after import PassConfig, epochs_of, references_of
 from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -55,6 +55,13 @@ class AshaConfig(Spec):
     grace_epochs: Count = 1
     reduction_factor: Annotated[Integer, Field(ge=2)] = 3
 
+    def compared_at(self, epochs: int) -> Sequence[int]:
+        """The epochs after which trials of so many are compared; the last one is none of them."""
+        rungs = [self.grace_epochs]
+        while rungs[-1] < epochs:
+            rungs.append(rungs[-1] * self.reduction_factor)
+        return rungs[:-1]
+
 
 class MedianConfig(Spec):
     """The median stopping rule (Golovin et al. 2017, https://research.google/pubs/pub46180/).
@@ -65,6 +72,10 @@ class MedianConfig(Spec):
 
     grace_epochs: Count = 1
     min_trials: Count = 3
+
+    def compared_at(self, epochs: int) -> Sequence[int]:
+        """The epochs after which trials of so many are compared; the last one is none of them."""
+        return range(1, epochs)
 
 
 class SchedulerConfig(Spec):
@@ -168,6 +179,12 @@ class TuneConfig(Spec):
         for field in ("limits", "stop_when"):
             places |= {metric: f"config.{field}.{metric}" for metric in getattr(self, field)}
         return {metric: place for metric, place in places.items() if metric in COSTS}
+
+    @property
+    def epochs_per_trial(self) -> int:
+        """How many a trial trains for at most, those included that its passes take each time that it is judged."""
+        compared_at = self.scheduler.chosen[1].compared_at(self.train.epochs) if self.scheduler else ()
+        return self.train.epochs * (self.folds or 1) + epochs_of(self.evaluate_after) * (len(compared_at) + 1)
 
     @property
     def aims(self) -> tuple[ObjectiveConfig, ...]:
