@@ -29,6 +29,12 @@ def tracked(planned):
     return {run.data.tags["heliostat.key"]: run for run in found}
 
 
+def errors_of(planned, run):
+    """The error of a run as a tag, and the files of that name."""
+    files = mlflow.MlflowClient(planned.pipeline.tracking_uri).list_artifacts(run.info.run_id)
+    return run.data.tags.get("heliostat.error"), [file.path for file in files if file.path == "error.txt"]
+
+
 def record_of(node, history, **changes):
     identity = {"pipeline": "toy", "node": node.name, "stage": node.stage, "uses": node.uses}
     fields = {"kind": "model", "identity": {}, "fingerprint": node.fingerprint, "tracking": history.ids(node)}
@@ -76,9 +82,48 @@ def test_a_model_that_could_not_be_measured_and_then_was_has_finished_in_the_run
     key = f"toy/first/{node.fingerprint}"
     assert tracked(planned)[key].info.status == "FAILED"
     with History.open(planned, "toy/second", print) as second:
-        second.measured(record, {"latency_ms": 0.25})
+        second.measured(node, record, {"latency_ms": 0.25})
     run = tracked(planned)[key]
     assert (run.info.status, run.data.metrics) == ("FINISHED", {"val_loss": 0.5, "latency_ms": 0.25})
+    assert errors_of(planned, run) == (None, [])
+
+
+def test_a_node_that_failed_and_then_succeeded_carries_no_error(planned):
+    node = planned.node("train")
+    with History.open(planned, "toy/mine", print) as first:
+        first.started(node)
+        first.failed(node, "ValueError: no\n  File ...")
+    key = f"toy/mine/{node.fingerprint}"
+    assert errors_of(planned, tracked(planned)[key]) == ("ValueError: no", ["error.txt"])
+    with History.open(planned, "toy/mine", print) as second:
+        second.started(node)
+        second.finished(node, record_of(node, second))
+    run = tracked(planned)[key]
+    assert run.info.status == "FINISHED"
+    assert errors_of(planned, run) == (None, [])
+
+
+def test_a_model_of_an_old_store_whose_record_does_not_name_its_run_is_told_of_in_this_one(planned):
+    node = planned.node("train")
+    with History.open(planned, "toy/mine", print) as history:
+        record = record_of(node, history, metrics={"val_loss": 0.5}, tracking={"run_id": "of another time"})
+        history.failed(node, "its speed cannot be measured", record)
+        history.measured(node, replace(record, metrics={"val_loss": 0.5, "latency_ms": 0.25}), {"latency_ms": 0.25})
+    run = tracked(planned)[f"toy/mine/{node.fingerprint}"]
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"val_loss": 0.5, "latency_ms": 0.25})
+    assert (run.info.run_name, errors_of(planned, run)) == ("train", (None, []))
+
+
+@pytest.mark.parametrize(("status", "tag"), [("failed", "heliostat.error"), ("stopped", "heliostat.reason")])
+def test_why_a_trial_ended_is_an_error_only_if_it_failed(planned, status, tag):
+    node = planned.node("search")
+    with History.open(planned, "toy/mine", print) as history:
+        reporter = history.reporter(node, None)
+        reporter.trial_started("0001", {})
+        reporter.trial_ended("0001", status, metrics={}, reason="why it did")
+    run = tracked(planned)[f"toy/mine/{node.fingerprint}/0001"]
+    assert {name for name, value in run.data.tags.items() if value == "why it did"} == {tag}
+    assert run.info.status == ("FAILED" if status == "failed" else "FINISHED")
 
 
 def test_a_run_id_that_came_late_is_put_into_the_record_when_the_run_ends(planned):

@@ -239,7 +239,7 @@ class Execution:
             if isinstance(speed, str):
                 raise StageError(speed)
             record = _with_speed(record, speed)
-            self._history.measured(record, speed.metrics)
+            self._history.measured(node, record, speed.metrics)
             write_record(node.folder, record)
         except Exception as error:
             return self._failed(node, error, seconds=record.seconds, made=record)

@@ -110,15 +110,15 @@ class History:
         self._tracker.tags(key, {"heliostat.path": str(node.folder)})
         self._tracker.end_run(key, status="FINISHED")
 
-    def measured(self, record: Record, speed: Mapping[str, float]) -> None:
+    def measured(self, node: Node, record: Record, speed: Mapping[str, float]) -> None:
         """The speed of a model, which is measured later than the rest: in the tree of the run that made the model.
 
         As `finished`, to be told before the record is written.
         """
-        key, epochs = record.tracking["key"], record.details.get("history", ())
+        key, epochs = self._go_on(node, record), record.details.get("history", ())
         self._tracker.metrics(key, speed, step=len(epochs) + 1 if epochs else 0)
         self._tracker.text(key, artifact_json(record), "record.json")
-        self._tracker.end_run(key, status="FINISHED")  # an earlier attempt to measure it may have failed
+        self._tracker.end_run(key, status="FINISHED")
 
     def chose(self, node: Node, example: "np.ndarray[Any, Any]") -> None:
         """The chosen model as an MLflow model. `example` is a small batch of its inputs."""
@@ -126,10 +126,22 @@ class History:
 
     def failed(self, node: Node, reason: str, made: Record | None = None) -> None:
         """`made` is the record of a model that failed only when its speed was measured."""
-        key = made.tracking["key"] if made else self._key_of(node)
-        self._tracker.text(key, reason, "error.txt")
-        self._tracker.tags(key, {"heliostat.error": reason.partition("\n")[0]})
+        key = self._go_on(node, made) if made else self._key_of(node)
+        self._tracker.error(key, reason)
         self._tracker.end_run(key, status="FAILED")
+
+    def _go_on(self, node: Node, made: Record) -> str:
+        """Go on with the run that made a model, often one of an earlier tree; its key.
+
+        Records of old stores have no key. Which run made the model is not known then, and this tree is told all of it.
+        """
+        key = made.tracking.get("key")
+        if key is None:
+            self.started(node)
+            self.finished(node, made)
+            return self._key_of(node)
+        self._tracker.start_run(key, name=made.node, parent=key.rpartition("/")[0])
+        return key
 
     def ended(self, node: Node, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         self._tracker.end_run(self._key_of(node), status=status)
@@ -203,9 +215,10 @@ class NodeReporter:
     ) -> None:
         key = self._trial(trial)
         self._tracker.tags(key, {"heliostat.trial_status": status})
-        if reason:
-            self._tracker.text(key, reason, "error.txt")
-            self._tracker.tags(key, {"heliostat.error": reason.partition("\n")[0]})
+        if reason and status == "failed":
+            self._tracker.error(key, reason)
+        elif reason:
+            self._tracker.tags(key, {"heliostat.reason": reason})
         self._tracker.end_run(key, status=TRIAL_STATUS[status])
 
     def progress(self, **fields: Any) -> None:

@@ -130,6 +130,21 @@ def test_ending_a_tree_ends_what_still_runs_of_it_and_nothing_else(server, tmp_p
     assert all((run.info.end_time is None) == (run.info.status == "RUNNING") for run in runs(server.uri, "ended"))
 
 
+def test_a_run_that_goes_on_forgets_its_error(server, tmp_path):
+    settings = {"experiment": "mended", "spool": tmp_path / "spool"}
+    for attempt in ("fails", "succeeds"):
+        tracker = Tracker(server.uri, **settings)
+        tracker.start_run("p", name="p")
+        if attempt == "fails":
+            tracker.error("p", "ValueError: no\nwhere")
+        tracker.end_run("p", status="FAILED" if attempt == "fails" else "FINISHED")
+        assert tracker.close() == 0
+        (run,) = runs(server.uri, "mended")
+        files = [file.path for file in mlflow.MlflowClient(server.uri).list_artifacts(run.info.run_id)]
+        expected = ("ValueError: no", ["error.txt"]) if attempt == "fails" else (None, [])
+        assert (run.data.tags.get("heliostat.error"), files) == expected
+
+
 def test_what_the_server_refuses_does_not_hold_up_the_rest(server, tmp_path, caplog):
     tracking = Tracker(server.uri, experiment="refused", spool=tmp_path / "spool")
     tracking.metrics("never started", {"loss": 1.0}, step=1)

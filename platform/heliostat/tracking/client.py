@@ -20,9 +20,10 @@ import mlflow  # noqa: E402
 import requests  # noqa: E402
 from mlflow.entities import Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
 
 from heliostat.tracking.artifacts import is_gone  # noqa: E402
-from heliostat.tracking.events import KEY_TAG, PARENT_TAG, Event  # noqa: E402
+from heliostat.tracking.events import ERROR_FILE, ERROR_TAG, KEY_TAG, PARENT_TAG, Event  # noqa: E402
 from heliostat.tracking.model import log_in_own_process  # noqa: E402
 from heliostat.tracking.writer import Target, UnavailableError  # noqa: E402
 
@@ -43,6 +44,8 @@ class _Run:
     """A run of the store: what it has, and what of this batch it is still to be given."""
 
     run_id: str
+    failed_at: str | None = None
+    """Where its artifacts are, if an error is among them."""
     known_params: set[str] = field(default_factory=set)
     known_steps: set[tuple[str, int]] = field(default_factory=set)
     metrics: list[Metric] = field(default_factory=list)
@@ -138,6 +141,8 @@ class ClientWriter:
             tags[PARENT_TAG] = self._run(data["parent"]).run_id
         if run := self._find(event.key):
             self._client.update_run(run.run_id, status="RUNNING")
+            if run.failed_at is not None:
+                self._forget_error(run.run_id, run.failed_at)
             run.tags += [RunTag(k, v) for k, v in tags.items()]
             return run
         created = self._client.create_run(self._experiment, event.time_ms, tags, data["name"])
@@ -156,7 +161,13 @@ class ClientWriter:
             return None
         run_id, data = found[0].info.run_id, found[0].data
         steps = {(m.key, m.step) for name in data.metrics for m in self._client.get_metric_history(run_id, name)}
-        return _Run(run_id, set(data.params), steps)
+        failed_at = found[0].info.artifact_uri if ERROR_TAG in data.tags else None
+        return _Run(run_id, failed_at, set(data.params), steps)
+
+    def _forget_error(self, run_id: str, artifacts: str) -> None:
+        with _passed_over_if_refused(ERROR_FILE, run_id), errors_of_the_store():
+            get_artifact_repository(artifacts, tracking_uri=self._target.uri).delete_artifacts(ERROR_FILE)
+        self._client.delete_tag(run_id, ERROR_TAG)
 
     def _flush(self, run: _Run) -> None:
         while run.metrics or run.params or run.tags:

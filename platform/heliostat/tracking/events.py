@@ -18,6 +18,9 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 KEY_TAG = "heliostat.key"
 MODEL_TAG = "heliostat.model_uri"
 PARENT_TAG = "mlflow.parentRunId"
+ERROR_TAG = "heliostat.error"
+ERROR_FILE = "error.txt"
+"""With the tag, what a run failed by: gone as soon as it goes on."""
 
 MAX_NAME_CHARS = 250
 MAX_PARAM_CHARS = 6000

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from heliostat.tracking.artifacts import copy_into, is_gone, write_text
 from heliostat.tracking.database import create_database
-from heliostat.tracking.events import KEY_TAG, PARENT_TAG, Event
+from heliostat.tracking.events import ERROR_FILE, ERROR_TAG, KEY_TAG, PARENT_TAG, Event
 from heliostat.tracking.model import log_in_own_process
 from heliostat.tracking.writer import Target, UnavailableError, database_path, run_id_known
 
@@ -42,6 +42,7 @@ _END_TREE = """
 _TAG = """
     INSERT INTO tags (run_uuid, key, value) VALUES (:run, :key, :value)
     ON CONFLICT (key, run_uuid) DO UPDATE SET value = excluded.value"""
+_NO_TAG = "DELETE FROM tags WHERE run_uuid = :run AND key = :key"
 _PARAM = "INSERT INTO params (run_uuid, key, value) VALUES (:run, :key, :value) ON CONFLICT DO NOTHING"
 _METRIC = """
     INSERT INTO metrics (run_uuid, key, value, is_nan, step, timestamp)
@@ -73,7 +74,7 @@ class SqliteWriter:
 
     def deliver(self, events: Sequence[Event]) -> Mapping[str, str]:
         states: list[tuple[str, Row]] = []  # starts and ends, which must keep their order
-        tags: list[Row] = []
+        tags: dict[tuple[str, str], str | None] = {}  # by run and name; None for one that goes
         params: list[Row] = []
         metrics: list[Row] = []
         trees: list[Row] = []
@@ -84,24 +85,32 @@ class SqliteWriter:
                 case "start":
                     started[event.key] = run
                     states.append((_RUN, self._run_row(event)))
-                    tags += _rows(run, self._run_tags(event))
+                    tags |= _named(run, {ERROR_TAG: None, **self._run_tags(event)})
                     params += _rows(run, data["params"])
                 case "metrics":
                     metrics += _metric_rows(run, event)
                 case "params":
                     params += _rows(run, data["values"])
                 case "tags":
-                    tags += _rows(run, data["values"])
+                    tags |= _named(run, data["values"])
                 case "end":
                     states.append((_END, {"run": run, "status": data["status"], "time": event.time_ms}))
                 case "end_tree":
                     trees.append(self._tree_row(event))
                 case "artifact" | "text" | "model":
                     pass
+        kept = [{"run": run, "key": key, "value": value} for (run, key), value in tags.items() if value is not None]
+        gone = [{"run": run, "key": key} for (run, key), value in tags.items() if value is None]
         with _database_errors(), self._transaction():
             for statement, row in states:
                 self._db.execute(statement, row)
-            for statement, rows in (_TAG, tags), (_PARAM, params), (_METRIC, metrics), (_LATEST, metrics):
+            for statement, rows in (
+                (_NO_TAG, gone),
+                (_TAG, kept),
+                (_PARAM, params),
+                (_METRIC, metrics),
+                (_LATEST, metrics),
+            ):
                 self._db.executemany(statement, rows)
             self._db.executemany(_END_TREE, trees)  # last: it looks for tags that may just have been written
         for event in events:
@@ -159,11 +168,13 @@ class SqliteWriter:
 
     def _write_files(self, event: Event) -> None:
         run, data = self._run_id(event.key), event.data
-        if event.kind not in ("artifact", "text", "model") or is_gone(event):
+        if event.kind not in ("start", "artifact", "text", "model") or is_gone(event):
             return
         place = self._artifacts_folder / run / "artifacts"
         try:
-            if event.kind == "model":
+            if event.kind == "start":
+                (place / ERROR_FILE).unlink(missing_ok=True)
+            elif event.kind == "model":
                 log_in_own_process(self._target.uri, run, folder=data["folder"], example=data["example"])
             elif event.kind == "text":
                 write_text(data["text"], place / data["name"])
@@ -199,6 +210,10 @@ def _database_errors() -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise UnavailableError(str(error)) from error
+
+
+def _named(run: str, values: Mapping[str, str | None]) -> dict[tuple[str, str], str | None]:
+    return {(run, key): value for key, value in values.items()}
 
 
 def _rows(run: str, values: Mapping[str, str]) -> list[Row]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heliostat.tracking.context import source_tags
-from heliostat.tracking.events import Event, Kind, Status, cleaned
+from heliostat.tracking.events import ERROR_FILE, ERROR_TAG, Event, Kind, Status, cleaned
 from heliostat.tracking.spool import Journal, Spooled, left_behind, mark_delivered
 from heliostat.tracking.writer import Target, UnavailableError, Writer, absolute_uri, open_writer, run_id_known
 
@@ -62,7 +62,7 @@ class Tracker:
         tags: Mapping[str, Any] | None = None,
         params: Mapping[str, Any] | None = None,
     ) -> None:
-        """Start the run of `key`, or go on with it. `parent` is the key of the run above it."""
+        """Start the run of `key`, or go on with it, without its error. `parent` is the key of the run above it."""
         self._put(
             "start", key, name=name, parent=parent, tags={**self._source, **(tags or {})}, params=dict(params or {})
         )
@@ -77,6 +77,11 @@ class Tracker:
 
     def tags(self, key: str, values: Mapping[str, Any]) -> None:
         self._put("tags", key, values=dict(values))
+
+    def error(self, key: str, reason: str) -> None:
+        """What the run failed by: the first line as a tag, all of it as a text."""
+        self.text(key, reason, ERROR_FILE)
+        self.tags(key, {ERROR_TAG: reason.partition("\n")[0]})
 
     def artifact(self, key: str, path: Path, folder: str | None = None) -> None:
         """A file, or a folder with all that is in it. It is read later: it must stay where it is."""
