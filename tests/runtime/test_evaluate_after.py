@@ -4,6 +4,7 @@ import json
 import textwrap
 import threading
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from heliostat.core.imports import use_root
 from heliostat.core.paths import overlay
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import StageContext
+from heliostat.errors import StageError
 from heliostat.runtime.appraisal import Appraisal, Appraiser
 from heliostat.runtime.gate import Gate
 from heliostat.runtime.ledger import trial_seed
@@ -157,6 +159,10 @@ def test_rungs_compare_compressed_models_and_the_plain_figures_stay_visible(cont
     for trial in ("0001", "0002"):
         again = rerun(given, config, ended_trial(given.folder, config, given.task, trial))
         assert again.identical, again.differences
+    then = ended_trial(given.folder, config, given.task, "0001")
+    cut_short = replace(then, status="stopped", epochs=3, history=then.history[:3])  # by the end of its search
+    again = rerun(given, config, cut_short)
+    assert (again.now.status, again.now.epochs, again.identical) == ("stopped", 3, True)
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -166,6 +172,26 @@ def test_a_model_that_cannot_be_compressed_fails_its_trial_alone(context, tmp_pa
     bare, other = json.loads((tmp_path / "search" / "trials.json").read_text())
     assert (bare["status"], other["status"]) == ("failed", "done")
     assert bare["reason"].startswith("evaluate_after[0] (quantize): static quantisation finds nothing to quantise")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_trial_that_the_end_of_the_search_stops_before_its_first_judged_epoch_has_not_failed(context, reporter):
+    early = {"stop_when": {"train_loss": 100.0}, "train": TRAIN | {"epochs": 500}}
+    with pytest.raises(StageError, match="all 1 trials failed or were stopped unjudged"):
+        tune(context("search"), search(NARROW, evaluate_after=[INT8], **early))
+    assert reporter.ended == {"0001": ("stopped", "the search ended before an epoch of it reported val_accuracy")}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_model_that_costs_too_much_is_not_chosen(context):
+    space = {"model_args.width": {"grid": [3, 4000]}}
+    given = context("search")
+    found = tune(given, search(space=space, limits={"size_mb": 0.1}, train=TRAIN | {"epochs": 1}))
+    assert found.details["best_trial"] == "0001"
+    assert [trial["trial"] for trial in found.details["front"]] == ["0001"]
+    small, large = json.loads((given.folder / "trials.json").read_text())
+    assert small["metrics"]["size_mb"] < 0.1 < large["metrics"]["size_mb"]
+    assert (small["status"], large["status"]) == ("done", "done")
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -26,11 +26,13 @@ class Watching(Unheard):
 def ledger(tmp_path):
     """A ledger on the journal of the test's folder: opened again, it goes on."""
 
-    def open_ledger(objectives=TWO, *, algorithm="random", trials=9, reporter=None, **more):
+    def open_ledger(objectives=TWO, *, algorithm="random", trials=9, target=(), reporter=None, **more):
         engine = engines()[algorithm].make(SPACE, num_objectives=len(objectives.ordered), seed=0, trials=trials)
         journal = Journal(tmp_path / "journal.jsonl")
         watcher = reporter or Unheard()
-        return Ledger(engine, journal, watcher, budget=Budget(trials), seed=0, objectives=objectives, **more)
+        return Ledger(
+            engine, journal, watcher, budget=Budget(trials, None, target), seed=0, objectives=objectives, **more
+        )
 
     return open_ledger
 
@@ -52,6 +54,23 @@ def test_a_trial_none_of_whose_epochs_has_every_figure_has_failed(ledger, status
     trial = run_trial(ledger(), {"gain": 9.0}, {"loss": 2.0}, status=status)
     assert (trial.status, trial.metrics) == ("failed", {})
     assert trial.reason == "no epoch reports gain and cost; what is reported: gain, loss"
+
+
+@pytest.mark.parametrize("algorithm", ["random", "bayesian", "optuna_tpe"])
+def test_a_trial_that_the_end_of_the_search_stops_before_it_is_judged_is_no_failure(ledger, algorithm):
+    target = [Bound("loss", 1.0, "min")]
+    watching = Watching()
+    first = ledger(ONE, algorithm=algorithm, target=target, reporter=watching)
+    trials = [first.next()["trial"] for _ in range(3)]
+    for trial, row in zip(trials, [{"loss": 2.0}, {"loss": 0.5}, {}], strict=True):
+        first.rows(trial, [(1, row)] if row else [])
+    first.ended(trials[0], "stopped", None)
+    first.end_open()
+    ended = first.standing.ended.values()
+    assert {trial.status for trial in ended} == {"stopped"}
+    assert {trial.reason for trial in ended} == {"the search ended before an epoch of it reported gain"}
+    assert (watching.seen["stopped"], watching.seen["failed"], watching.seen["best"]) == (3, 0, None)
+    assert ledger(ONE, algorithm=algorithm, target=target).over == "target"
 
 
 @pytest.mark.parametrize("algorithm", ["random", "optuna_tpe"])

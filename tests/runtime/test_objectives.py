@@ -9,6 +9,7 @@ from heliostat.core.objective import Objectives
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import StageContext
 from heliostat.errors import StageError
+from heliostat.runtime.scheduling import AshaSettings
 from heliostat.stages.tune import TuneConfig, tune
 from heliostat.training.config import TrainConfig
 
@@ -81,6 +82,17 @@ def test_an_interrupted_search_for_two_objectives_makes_the_suggestions_of_an_un
     assert [t.id for t in resumed.front] == [t.id for t in whole.front]
     events = map(json.loads, (tmp_path / "torn" / "journal.jsonl").read_text().splitlines())
     assert [event["id"] for event in events if event["event"] == "restarted"] == ["0008"]
+
+
+def test_asha_compares_trials_by_the_first_of_two_objectives_and_the_front_has_the_stopped_ones_too(run):
+    asha = {"scheduler": AshaSettings(1, 2), "trials": 6, "train": TrainConfig(epochs=4, batch_size=16)}
+    outcome = run(**SETTINGS | asha)
+    assert {trial.status for trial in outcome.trials} == {"done", "stopped"}
+    for trial in outcome.trials:
+        rows = dict(trial.history)
+        assert [verdict.value for verdict in trial.verdicts] == [rows[v.epoch]["val_loss"] for v in trial.verdicts]
+        beaten = any(TWO.costs(other.metrics).dominates(TWO.costs(trial.metrics)) for other in outcome.trials)
+        assert (trial in outcome.front) == (not beaten)
 
 
 GRID = {

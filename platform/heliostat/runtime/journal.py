@@ -40,6 +40,11 @@ class TrialRecord:
     verdicts: Sequence["Judged"] = field(default=(), repr=False)
     """One for each epoch after which a scheduler compared it."""
 
+    @property
+    def was_judged(self) -> bool:
+        """Whether it can be compared with others: it neither failed nor was stopped before it had its figures."""
+        return self.status != "failed" and bool(self.metrics)
+
 
 @dataclass(frozen=True)
 class Suggested:

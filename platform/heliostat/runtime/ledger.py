@@ -103,7 +103,7 @@ class Ledger:
         """What an ended trial teaches: the engine, and whoever watches."""
         ended = self.standing.ended
         self._states[ended[trial].status] += 1
-        if ended[trial].status == "failed":
+        if not ended[trial].was_judged:
             self._engine.observe(trial, None)
         else:
             self._engine.observe(trial, self._objectives.costs(ended[trial].metrics))
@@ -179,12 +179,15 @@ class Ledger:
         self._record(verdict)
 
     def ended(self, trial: str, status: Status, reason: str | None) -> None:
-        """A trial came to its end. One that never reported all that it is judged by has failed."""
+        """A trial came to its end. One that never reported all that it is judged by has failed, if it had its time."""
         rows = [row for _, row in self.standing.open[trial].history]
         if status != "failed" and not self._objectives.figures(rows):
             reported = ", ".join(sorted({metric for row in rows for metric in row}))
             wanted = " and ".join(self._objectives.metrics)
-            status, reason = "failed", f"no epoch reports {wanted}; what is reported: {reported or 'nothing'}"
+            if status == "stopped" and self.over:
+                reason = f"the search ended before an epoch of it reported {wanted}"
+            else:
+                status, reason = "failed", f"no epoch reports {wanted}; what is reported: {reported or 'nothing'}"
         now = time.monotonic()
         self._record(Ended(trial, status, reason, now - self._started_at.pop(trial, now)))
         self._learn(trial)
@@ -192,11 +195,8 @@ class Ledger:
 
     def end_open(self) -> None:
         """End the trials that are under way when the search is over."""
-        for trial, record in list(self.standing.open.items()):
-            if record.history:
-                self.ended(trial, "stopped", None)
-            else:
-                self.ended(trial, "failed", "the search ended before its first epoch did")
+        for trial in list(self.standing.open):
+            self.ended(trial, "stopped", None)
 
     def _show_progress(self) -> None:
         ended, first = self.standing.ended, self._objectives.first.metric

@@ -45,7 +45,7 @@ def _what_happened(trial: TrialRecord) -> str:
     history = [
         (epoch, [(name, row[name]) for name in sorted(row) if not _is_time(name)]) for epoch, row in trial.history
     ]
-    failure = kind_of_failure(trial.reason) if trial.reason else None
+    failure = kind_of_failure(trial.reason) if trial.reason and trial.status == "failed" else None
     return repr((history, failure))  # in which what is not a number equals itself
 
 
@@ -59,8 +59,6 @@ def run_again(work: TrialWork, then: TrialRecord, *, seed: int, objectives: Obje
     stop_at = then.epochs if then.status == "stopped" else None
     if work.appraisal is not None:  # at the same epochs as then
         work = replace(work, rungs=tuple(epoch for epoch, row in then.history if work.metric in row))
-    elif stop_at is not None:
-        work = replace(work, rungs=(stop_at,))
     started = time.monotonic()
     rows: list[Row] = []
     try:
@@ -87,13 +85,11 @@ def run_again(work: TrialWork, then: TrialRecord, *, seed: int, objectives: Obje
 def _train(
     work: TrialWork, trial: str, params: Mapping[str, Any], seed: int, stop_at: int | None
 ) -> tuple[list[Row], Status, str | None]:
-    run = TrialRun(work, trial, params, seed)
+    run = TrialRun(work, trial, params, seed, stop_at=stop_at)
     rows: list[Row] = []
     while True:
         answer = run.answer()
         rows += answer["rows"]
         if "outcome" in answer:
-            return rows, answer["outcome"], answer["reason"]
-        if stop_at is not None and answer.get("epoch") == stop_at:
-            run.stop(wait=True)
-            return rows, "stopped", None
+            ended_early = stop_at is not None and answer["outcome"] == "done"
+            return rows, "stopped" if ended_early else answer["outcome"], answer["reason"]

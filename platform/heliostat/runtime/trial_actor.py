@@ -65,8 +65,11 @@ class _StoppedError(Exception):
 class TrialRun:
     """One trial: the thread that trains, and the conversation with it."""
 
-    def __init__(self, work: TrialWork, trial: str, params: Mapping[str, Any], seed: int) -> None:
-        self._work = work
+    def __init__(
+        self, work: TrialWork, trial: str, params: Mapping[str, Any], seed: int, *, stop_at: int | None = None
+    ) -> None:
+        """With `stop_at` it ends after that epoch, however many there are."""
+        self._work, self._stop_at = work, stop_at
         self._turn = threading.Condition()
         self._rows: list[Row] = []
         self._last: tuple[int, float] | None = None
@@ -123,6 +126,7 @@ class TrialRun:
                 self._at_rung = True
                 self._turn.notify_all()
                 self._turn.wait_for(lambda: not self._at_rung)
+            self._stopping |= epoch == self._stop_at
             return self._stopping
 
     def _train(self, trial: str, params: Mapping[str, Any], seed: int) -> None:

@@ -157,11 +157,12 @@ def concurrent_trials(resources: Resources) -> int:
 
 
 def _choose(trials: Sequence[TrialRecord], objectives: Objectives) -> tuple[TrialRecord, tuple[TrialRecord, ...]]:
-    """The best of the trials, and the front. Raises StageError when all have failed, or none is within the limits."""
+    """The best of the trials, and the front. Raises StageError when none was judged, or is within the limits."""
     by_id = {trial.id: trial for trial in trials}
-    good = {trial.id: trial.metrics for trial in trials if trial.status != "failed"}
+    good = {trial.id: trial.metrics for trial in trials if trial.was_judged}
     if not good:
-        raise StageError(f"all {len(trials)} trials failed\n{commonest(trial.reason or '' for trial in trials)}")
+        how = "failed" if all(trial.status == "failed" for trial in trials) else "failed or were stopped unjudged"
+        raise StageError(f"all {len(trials)} trials {how}\n{commonest(trial.reason or '' for trial in trials)}")
     best = objectives.best(good)
     if best is None:
         closest = by_id[objectives.closest(good)]

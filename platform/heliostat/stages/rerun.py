@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def ended_trial(folder: Path, config: TuneConfig, task: Task, trial: str) -> "TrialRecord":
-    """How the trial of the search in `folder` ended. Raises SpecError when it does not exist, or is under way."""
+    """How the trial of the search in `folder` ended. Raises SpecError when there is none, or nothing of it."""
     from heliostat.runtime.journal import Standing, read_events
 
     objectives = objectives_of(config, task.metric_modes)
@@ -27,7 +27,10 @@ def ended_trial(folder: Path, config: TuneConfig, task: Task, trial: str) -> "Tr
     if trial not in standing.ended:
         state = "has not ended yet" if trial in standing.open else "does not exist"
         raise SpecError(f"--trial: {trial!r} {state}{nearest(trial, standing.ended)}")
-    return standing.ended[trial]
+    ended = standing.ended[trial]
+    if ended.status == "stopped" and ended.epochs == 0:
+        raise SpecError(f"--trial: {trial!r} was stopped before its first epoch had ended: nothing to repeat")
+    return ended
 
 
 def rerun(context: StageContext, config: TuneConfig, then: "TrialRecord") -> "Rerun":
