@@ -98,6 +98,17 @@ def test_an_engine_goes_on_from_points_that_it_did_not_suggest(algorithm):
         assert sum(abs(point["y"] - 4) <= 1 for point in points) >= 15  # where those that it was given were good
 
 
+@pytest.mark.parametrize("algorithm", SAMPLING)
+def test_an_engine_goes_on_from_a_point_that_it_would_never_have_drawn(algorithm):
+    engine = make_engine(algorithm, space=Space.parse({"x": {"normal": [0, 1]}}), seed=0, trials=4)
+    for trial, x in {"low": -99.0, "high": 99.0}.items():
+        engine.adopt(trial, {"x": x})
+        engine.observe(trial, Costs((x,)))
+    for trial in map(str, range(8)):
+        assert isinstance(engine.suggest(trial)["x"], float)
+        engine.observe(trial, Costs((0.0,)))
+
+
 def test_another_process_suggests_the_same():
     """A search goes on in a process whose hashes of strings are others."""
     script = f"""

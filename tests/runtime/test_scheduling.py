@@ -11,6 +11,7 @@ from ray.tune.schedulers import TrialScheduler
 from heliostat.core.spec import Resources
 from heliostat.runtime.journal import TrialRecord
 from heliostat.runtime.scheduling import AshaSettings, MedianSettings, Rung, make_scheduler, rung_table
+from heliostat.stages.tune_config import AshaConfig, MedianConfig
 from heliostat.training.config import TrainConfig
 
 EPOCHS, TRIALS = 9, 40
@@ -136,6 +137,13 @@ def test_a_trial_that_begins_anew_is_compared_anew(settings):
 def test_rungs_are_epochs_that_grow_by_the_reduction_factor(grace, factor, epochs, expected):
     scheduler = make_scheduler(AshaSettings(grace, factor), epochs=epochs, mode="max")
     assert list(scheduler.compared_at) == expected
+    stated = AshaConfig(grace_epochs=grace, reduction_factor=factor)
+    assert list(stated.compared_at(epochs)) == expected
+
+
+def test_the_median_rule_compares_after_every_epoch_but_the_last():
+    scheduler = make_scheduler(MedianSettings(2, 3), epochs=4, mode="max")
+    assert list(MedianConfig(grace_epochs=2).compared_at(4)) == list(scheduler.compared_at) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("scheduler", [AshaSettings(1, 2), MedianSettings(1, 1)], ids=str)

@@ -117,7 +117,7 @@ def check_libraries() -> Iterator[Finding]:
 
 
 def check_hyperopt() -> Iterator[Finding]:
-    """Whether HyperOpt imports: old versions need `pkg_resources`, and Ray then says that HyperOpt is not installed."""
+    """Whether HyperOpt imports: old versions need `pkg_resources`, which new setuptools lack."""
     try:
         importlib.import_module("hyperopt")
     except ImportError as error:

@@ -7,6 +7,7 @@ anew.
 
 import math
 from abc import abstractmethod
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -143,6 +144,7 @@ class Median(Scheduler, MedianStoppingRule):  # type: ignore[misc]
             min_samples_required=settings.min_trials,
             min_time_slice=math.inf,  # a trial never makes room for another: it could not be taken up again
         )
+        self._means: dict[Trial, dict[int, float]] = defaultdict(dict)
         self.compared_at = tuple(range(1, epochs))  # its best value so far may be from before the grace was over
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> None:
@@ -150,6 +152,13 @@ class Median(Scheduler, MedianStoppingRule):  # type: ignore[misc]
         known = self._results[trial][-1]["epoch"] if trial in self._results else 0
         if result.get("epoch", 0) > known:
             self._results[trial].append({"epoch": result["epoch"], "value": result["value"]})
+
+    def _running_mean(self, trial: Trial, epoch: int) -> float:
+        """Each once: Ray asks for that of every other trial at every result, and those of epochs gone by stay."""
+        known = self._means[trial]
+        if epoch not in known:
+            known[epoch] = super()._running_mean(trial, epoch)
+        return known[epoch]
 
     def _cut(self, trial: Trial, epoch: int) -> float | None:
         others = [other for other in self._trials_beyond_time(epoch) if other != trial]
@@ -164,6 +173,7 @@ class Median(Scheduler, MedianStoppingRule):  # type: ignore[misc]
 
     def _forget(self, trial: Trial) -> None:
         self._results.pop(trial, None)
+        self._means.pop(trial, None)
 
 
 def make_scheduler(settings: Settings, *, epochs: int, mode: Mode) -> Scheduler:

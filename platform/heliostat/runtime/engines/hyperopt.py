@@ -1,12 +1,14 @@
-"""`bayesian`: tree-structured Parzen estimators (Bergstra et al., 2011) by HyperOpt, through Ray's HyperOptSearch.
+"""`bayesian`: tree-structured Parzen estimators (Bergstra et al., 2011) by HyperOpt.
 
-A label is a dimension's way through the options of the space. An option goes through HyperOpt as its index: it would
-make `{}` of lists and dicts. Of a whole number it draws a real one, whose floor is taken: its own whole numbers have
-the ends half as often as the rest. It knows no limits: what is beyond one counts as worse than anything within.
+HyperOpt itself and not Ray's HyperOptSearch, which takes no points once it has begun. A label is a dimension's way
+through the options of the space. An option goes through HyperOpt as its index: it would make `{}` of lists and dicts.
+Of a whole number it draws a real one, whose floor is taken: its own whole numbers have the ends half as often as the
+rest. It knows no limits: what is beyond one counts as worse than anything within.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from heliostat.core.objective import Costs
@@ -27,47 +29,65 @@ from heliostat.core.space import (
 from heliostat.runtime.engines import Engine, EngineKind, startup_trials
 from heliostat.runtime.engines.listed import make_random
 
-INDEX = ""
-"""Beside the labels, which are never empty, of what an option opens."""
+GAMMA = 0.25
+"""The best `GAMMA * sqrt(n)` of `n` trials are the good ones, HyperOpt's default."""
 
 
 def make_bayesian(space: Space, *, num_objectives: int, seed: int, trials: int) -> Engine:
     """The engine. A space of constants alone leaves HyperOpt nothing to model, so it is sampled."""
-    from ray.tune.search.hyperopt import HyperOptSearch
-
     expressions = _to_hyperopt(space, "")
     if not expressions:
         return make_random(space, num_objectives=num_objectives, seed=seed, trials=trials)
-    search = HyperOptSearch(
-        expressions, metric="cost", mode="min", n_initial_points=startup_trials(trials), random_state_seed=seed
-    )
-    return _HyperOpt(space, search)
+    return _HyperOpt(space, expressions, seed=seed, startup=startup_trials(trials))
 
 
 class _HyperOpt:
-    def __init__(self, space: Space, search: Any) -> None:
-        self._space, self._search = space, search
+    def __init__(self, space: Space, expressions: Mapping[str, Any], *, seed: int, startup: int) -> None:
+        from hyperopt import Trials, tpe
+        from hyperopt.base import Domain
+        from numpy.random import RandomState
+
+        self._space, self._domain = space, Domain(lambda point: point, expressions)
+        self._past, self._random = Trials(), RandomState(seed)
+        self._draw = partial(tpe.suggest, n_startup_jobs=startup, gamma=GAMMA)
+        self._open: dict[str, dict[str, Any]] = {}
+        """HyperOpt's documents of the trials that have not ended."""
 
     def suggest(self, trial: str) -> dict[str, Any] | None:
-        drawn = dict(_flat(self._search.suggest(trial)))
-        return self._space.point(lambda label, dimension: drawn[label])
+        from hyperopt.base import spec_from_misc
+
+        ids = self._past.new_trial_ids(1)
+        self._past.refresh()
+        (drawn,) = self._draw(ids, self._domain, self._past, self._random.randint(2**31 - 1))
+        self._enter(trial, drawn)
+        numbers = spec_from_misc(drawn["misc"])
+        return self._space.point(lambda label, dimension: numbers[label])
 
     def adopt(self, trial: str, point: Mapping[str, Any]) -> None:
         from hyperopt.fmin import generate_trial
 
-        trials = self._search.get_state()["hyperopt_trials"]
-        (tid,) = trials.new_trial_ids(1)
+        (tid,) = self._past.new_trial_ids(1)
         numbers = numbers_at(self._space, point)
         adopted = generate_trial(tid, {label: _real(*numbers[label]) for label in numbers})
         for drawn in (adopted["misc"]["idxs"], adopted["misc"]["vals"]):
-            drawn |= {label: [] for label in self._search.domain.params if label not in numbers}
-        trials.insert_trial_docs([adopted])
-        trials.refresh()
-        self._search._live_trial_mapping[trial] = (tid, adopted)  # Ray has no other way to a point that is given
+            drawn |= {label: [] for label in self._domain.params if label not in numbers}
+        self._enter(trial, adopted)
+
+    def _enter(self, trial: str, document: dict[str, Any]) -> None:
+        self._past.insert_trial_docs([document])
+        self._past.refresh()
+        self._open[trial] = self._past.trials[-1]  # a copy of what was given
 
     def observe(self, trial: str, costs: Costs | None) -> None:
-        result = None if costs is None else {"cost": costs.objectives[0] if costs.within else math.inf}
-        self._search.on_trial_complete(trial, result=result, error=costs is None)
+        from hyperopt import JOB_STATE_DONE, JOB_STATE_ERROR, STATUS_OK
+
+        document = self._open.pop(trial)
+        if costs is None:
+            document["state"] = JOB_STATE_ERROR
+        else:
+            document["state"] = JOB_STATE_DONE
+            document["result"] = {"status": STATUS_OK, "loss": costs.objectives[0] if costs.within else math.inf}
+        self._past.refresh()
 
 
 def _real(dimension: Dimension, number: Any) -> Any:
@@ -100,18 +120,7 @@ def _expression(dimension: Dimension, label: str) -> Any:
         case QUniform():
             return hp.uniform(label, 0, len(dimension.values))
         case Choice(options) | Grid(options):
-            return hp.choice(
-                label, [{INDEX: i, **_to_hyperopt(option.space, f"{label}/{i}/")} for i, option in enumerate(options)]
-            )
-
-
-def _flat(drawn: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for label, value in drawn.items():
-        if isinstance(value, Mapping):
-            yield label, value[INDEX]
-            yield from _flat(value)
-        else:
-            yield label, value
+            return hp.choice(label, [_to_hyperopt(option.space, f"{label}/{i}/") for i, option in enumerate(options)])
 
 
 ENGINES = (EngineKind("bayesian", make_bayesian, several=False),)

@@ -50,9 +50,7 @@ class _Optuna:
 
     def adopt(self, trial: str, point: Mapping[str, Any]) -> None:
         numbers = {
-            label: NormalDist(dimension.mean, dimension.deviation).cdf(number)
-            if isinstance(dimension, Normal)
-            else number
+            label: _quantile(dimension, number) if isinstance(dimension, Normal) else number
             for label, (dimension, number) in numbers_at(self._space, point).items()
         }
         self._study.enqueue_trial(numbers)
@@ -68,6 +66,11 @@ class _Optuna:
             for index, excess in enumerate(costs.excess):
                 asked.set_constraint(f"limit {index}", excess)
             self._study.tell(asked, costs.objectives)
+
+
+def _quantile(dimension: Normal, number: float) -> float:
+    """Optuna takes what lies in a tail for its end."""
+    return min(max(NormalDist(dimension.mean, dimension.deviation).cdf(number), TAIL), 1 - TAIL)
 
 
 def _draw(asked: Any, label: str, dimension: Varied) -> Any:
