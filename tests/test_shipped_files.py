@@ -25,7 +25,7 @@ def test_cluster_files_validate(file: Path) -> None:
 
 
 def test_nothing_is_missing() -> None:
-    assert [p.name for p in PIPELINES] == ["mnist.yaml"]
+    assert [p.name for p in PIPELINES] == ["mnist.yaml", "mnist_int8.yaml"]
     assert {p.name for p in CLUSTERS} == {
         "aws.yaml",
         "azure.yaml",
