@@ -167,6 +167,58 @@ def heliostat(tmp_path: Path) -> CommandLine:
     return CommandLine(tmp_path)
 
 
+class S3:
+    """A server of the S3 protocol on this machine, with one bucket, that can be stopped and started again."""
+
+    def __init__(self) -> None:
+        self._port = 0
+        self.start()
+        self.client.create_bucket(Bucket="models")
+
+    def start(self) -> None:
+        from moto.server import ThreadedMotoServer
+
+        self._server = ThreadedMotoServer("127.0.0.1", self._port, verbose=False)
+        self._server.start()
+        self._port = self._server.get_host_and_port()[1]
+
+    def stop(self) -> None:
+        self._server.stop()
+        self._server._server.server_close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """How AWS's tools, and so Heliostat, find it."""
+        keys = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+        return {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._port}"}
+
+    @property
+    def client(self) -> Any:
+        """boto3's."""
+        import boto3
+
+        names = {"AWS_ENDPOINT_URL": "endpoint_url", "AWS_DEFAULT_REGION": "region_name"}
+        return boto3.client("s3", **{names.get(key, key.lower()): value for key, value in self.environment.items()})
+
+    def objects(self) -> dict[str, int]:
+        """The size of each object of the bucket."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket="models")
+        return {found["Key"]: found["Size"] for page in pages for found in page.get("Contents", ())}
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    """A server with an empty bucket `models`, where this process and those that it starts look for S3."""
+    from moto.moto_api._internal import moto_api_backend
+
+    server = S3()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.stop()
+    moto_api_backend.reset()
+
+
 @dataclass(frozen=True)
 class Finished:
     """The toy's folder after `heliostat run toy.yaml --json`, and what that printed."""

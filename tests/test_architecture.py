@@ -13,7 +13,7 @@ PACKAGE = ROOT / "platform" / "heliostat"
 LEVELS = [
     {"errors"},
     {"core", "templates"},
-    {"tracking", "training", "compression"},
+    {"tracking", "training", "compression", "mirror"},
     {"runtime"},
     {"stages", "report"},
     {"history"},
@@ -22,7 +22,7 @@ LEVELS = [
     {"cli"},
 ]
 LEVEL_OF = {part: level for level, parts in enumerate(LEVELS) for part in parts}
-ONLY_HOME = {"ray": "runtime", "mlflow": "tracking"}
+ONLY_HOME = {"ray": "runtime", "mlflow": "tracking", "pyarrow": "mirror"}
 HEAVY = ("torch", "ray", "mlflow")
 ENGINES = ("hyperopt", "optuna")
 MAX_LINES = 400

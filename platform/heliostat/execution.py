@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 from heliostat.core.artifact import Artifact, Record, digest_files, keep_only, write_record
 from heliostat.core.outcome import NodeOutcome, Status, View
-from heliostat.core.plan import Node, Plan, artifact_of
+from heliostat.core.plan import Node, Plan, artifact_of, record_of
 from heliostat.core.stage import StageContext, StageResult, call_stage
-from heliostat.errors import HeliostatError, StageError
+from heliostat.errors import ArtifactError, HeliostatError, StageError
 from heliostat.history import History
+from heliostat.mirror import Mirror
 from heliostat.stages.measure import Speed, Subject, input_example, measure_quality, measure_speeds
 
 POLL_S = 0.2
@@ -39,8 +40,8 @@ class _Made:
 class Execution:
     """One run of a plan. The main thread hands out work; threads of a pool wait for it."""
 
-    def __init__(self, planned: Plan, history: History, view: View) -> None:
-        self._plan, self._history, self._view = planned, history, view
+    def __init__(self, planned: Plan, history: History, mirror: Mirror, view: View) -> None:
+        self._plan, self._history, self._mirror, self._view = planned, history, mirror, view
         self._cancel = threading.Event()
         self._outcomes: dict[str, NodeOutcome] = {}
         self._made: set[str] = set()
@@ -101,7 +102,8 @@ class Execution:
                 continue
             if node.status == "reuse":
                 self._history.reused(node)
-                self._take([_Made(node, artifact_of(node), "reused") if node.unmeasured else reused(node)])
+                found = Artifact(node.folder, record_of(node))
+                self._take([_Made(node, found, "reused") if node.unmeasured else reused(node)])
                 continue
             failed = [up.name for up in node.upstream if self._status(up) in {"failed", "skipped"}]
             if failed:
@@ -129,12 +131,17 @@ class Execution:
         self._view.started(node)
         self._history.started(node)
         started = time.monotonic()
+        anew = node.reason.startswith("forced")
+        if anew:
+            shutil.rmtree(node.folder, ignore_errors=True)
         try:
-            record = self._run_stage(node)
-            self._history.finished(node, record)
-            if node.kind.name == "select":
-                self._history.chose(node, self._task(node, input_example, self._plan.pipeline.task, record.params))
-            write_record(node.folder, record)
+            node.folder.mkdir(parents=True, exist_ok=True)
+            with self._mirror.following(node.folder, anew=anew):
+                record = self._run_stage(node)
+                self._history.finished(node, record)
+                if node.kind.name == "select":
+                    self._history.chose(node, self._task(node, input_example, self._plan.pipeline.task, record.params))
+                write_record(node.folder, record)
         except KeyboardInterrupt:
             self._history.ended(node, "KILLED")
             return [outcome_of(node, "skipped", error="interrupted")]
@@ -147,9 +154,6 @@ class Execution:
 
     def _run_stage(self, node: Node) -> Record:
         pipeline = self._plan.pipeline
-        if node.reason.startswith("forced"):
-            shutil.rmtree(node.folder, ignore_errors=True)
-        node.folder.mkdir(parents=True, exist_ok=True)
         started_at, started = datetime.now(UTC), time.monotonic()
         context = self._plan.context(
             node, inputs=self._inputs(node), reporter=self._history.reporter(node, self._view), cancel=self._cancel
@@ -184,6 +188,8 @@ class Execution:
         )
 
     def _inputs(self, node: Node) -> dict[str, tuple[Artifact, ...]]:
+        for upstream in node.upstream:
+            self._mirror.fetch(upstream.folder)
         inputs = {slot: tuple(map(artifact_of, nodes)) for slot, nodes in node.inputs.items()}
         return self._measured_together(node, inputs) if node.kind.measured == "together" else inputs
 
@@ -222,8 +228,11 @@ class Execution:
     def _speeds(self, waiting: Sequence[_Made]) -> list[Speed | str]:
         """Their speeds, or why there is none. A model that brings the measurement down does so to itself alone."""
         try:
-            return self._measure_exclusively(waiting[0].node, [_subject(made.node, made.artifact) for made in waiting])
-        except StageError as error:
+            subjects = [_subject(made.node, made.artifact) for made in waiting]
+            for folder in {folder for subject in subjects for folder in (subject.folder, subject.source) if folder}:
+                self._mirror.fetch(folder)
+            return self._measure_exclusively(waiting[0].node, subjects)
+        except (StageError, ArtifactError) as error:
             if len(waiting) == 1:
                 return [str(error)]
             return [speed for made in waiting for speed in self._speeds([made])]
@@ -293,4 +302,4 @@ def outcome_of(node: Node, status: Status, **more: Any) -> NodeOutcome:
 
 
 def reused(node: Node) -> NodeOutcome:
-    return outcome_of(node, "reused", metrics=artifact_of(node).record.metrics)
+    return outcome_of(node, "reused", metrics=record_of(node).metrics)

@@ -10,7 +10,7 @@ import yaml
 
 from heliostat.core.artifact import Record, artifact_json, read_record, write_record
 from heliostat.core.imports import own_sources
-from heliostat.core.plan import Node, Plan, artifact_of
+from heliostat.core.plan import Node, Plan, record_of
 from heliostat.tracking.context import code_tags, git_commit, library_versions
 from heliostat.tracking.tracker import Tracker
 
@@ -89,7 +89,7 @@ class History:
         self._tracker.start_run(self._key_of(node), name=node.name, parent=self._key, tags=tags, params=params)
 
     def reused(self, node: Node) -> None:
-        run_id = artifact_of(node).record.tracking.get("run_id")
+        run_id = record_of(node).tracking.get("run_id")
         self._tracker.tags(self._key, {f"heliostat.reused.{node.name}": run_id or node.fingerprint})
 
     def reporter(self, node: Node, view: "View") -> "NodeReporter":

@@ -11,6 +11,7 @@ from heliostat.core.plan import Node, Plan, plan_pipeline
 from heliostat.core.spec import Pipeline
 from heliostat.core.stage import Unheard
 from heliostat.errors import SpecError, nearest
+from heliostat.mirror import mirror_of
 from heliostat.report import runs
 from heliostat.stages.rerun import ended_trial, rerun
 from heliostat.stages.tune import TuneConfig
@@ -28,7 +29,11 @@ def run_trial(pipeline: Pipeline, name: str, *, address: str | None = None) -> "
     """
     from heliostat.runtime import session
 
-    planned = plan_pipeline(pipeline)
+    mirror = mirror_of(pipeline)
+    planned = plan_pipeline(pipeline, elsewhere=mirror.look(pipeline.name))
+    for search in planned.nodes:
+        if search.kind.name == "tune":
+            mirror.fetch(search.folder)
     node, trial = _find(planned, name)
     assert isinstance(node.config, TuneConfig)
     then = ended_trial(node.folder, node.config, pipeline.task, trial)

@@ -10,13 +10,15 @@ from typing import Any, Literal
 
 import heliostat.stages  # noqa: F401 - registers the built-in stages
 from heliostat.core import load
+from heliostat.core.artifact import read_record
 from heliostat.core.capacity import Capacity
 from heliostat.core.outcome import NodeOutcome, RunResult, Unwatched, View
-from heliostat.core.plan import Plan, artifact_of, check_fits, plan_pipeline
+from heliostat.core.plan import Plan, check_fits, plan_pipeline, record_of
 from heliostat.core.spec import Pipeline
-from heliostat.errors import SpecError
+from heliostat.errors import ArtifactError, SpecError
 from heliostat.execution import Execution, outcome_of, reused
 from heliostat.history import History, run_key
+from heliostat.mirror import Mirror, mirror_of
 from heliostat.report import runs
 from heliostat.report.documents import run_document
 
@@ -28,7 +30,7 @@ def load_pipeline(path: str | Path, *, settings: Sequence[str] = ()) -> Pipeline
 
 def plan(pipeline: Pipeline, *, force: Sequence[str] = ()) -> Plan:
     """What would run, what would be reused, and why. Imports the user's functions, calls none of them."""
-    return plan_pipeline(pipeline, force=force)
+    return _planned(pipeline, mirror_of(pipeline), force)
 
 
 def run(
@@ -43,14 +45,21 @@ def run(
 
     Raises:
         SpecError, ResourceError: before anything has started. A stage that fails does not raise; the result says so.
+        ArtifactError: at the end, when a bucket has not taken all that was made.
     """
-    view = view or Unwatched()
-    planned = plan_pipeline(pipeline, force=force)
+    view, mirror = view or Unwatched(), mirror_of(pipeline)
+    planned = _planned(pipeline, mirror, force)
     if _nothing_left(planned):
-        return _all_reused(planned, view)
+        return _all_reused(planned, mirror, view)
     with _only_run(pipeline, view):
-        planned = plan_pipeline(pipeline, force=force)  # another run may have finished some of it meanwhile
-        return _all_reused(planned, view) if _nothing_left(planned) else _run_plan(planned, address=address, view=view)
+        planned = _planned(pipeline, mirror, force)  # another run may have finished some of it meanwhile
+        if _nothing_left(planned):
+            return _all_reused(planned, mirror, view)
+        return _run_plan(planned, mirror, address=address, view=view)
+
+
+def _planned(pipeline: Pipeline, mirror: Mirror, force: Sequence[str]) -> Plan:
+    return plan_pipeline(pipeline, force=force, elsewhere=mirror.look(pipeline.name))
 
 
 def check_fits_here(planned: Plan) -> None:
@@ -65,18 +74,19 @@ def _nothing_left(planned: Plan) -> bool:
     return done and not runs.cut_off(pipeline.storage_folder, pipeline.name)
 
 
-def _all_reused(planned: Plan, view: View) -> RunResult:
+def _all_reused(planned: Plan, mirror: Mirror, view: View) -> RunResult:
     view.began(planned, log=None)
     outcomes = [reused(node) for node in planned.nodes]
     for outcome in outcomes:
         view.ended(outcome)
     pipeline = planned.pipeline
-    run_id = next((a.record.tracking.get("pipeline_run_id") for a in map(artifact_of, planned.nodes)), None)
+    run_id = next((record.tracking.get("pipeline_run_id") for record in map(record_of, planned.nodes)), None)
     tracking = {"uri": pipeline.tracking_uri, "experiment": pipeline.experiment, "run_id": run_id}
-    return RunResult(pipeline.name, "done", tuple(outcomes), tracking, _selected(planned, outcomes))
+    _send_all(planned, mirror)
+    return RunResult(pipeline.name, "done", tuple(outcomes), tracking, _selected(planned, outcomes, mirror))
 
 
-def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
+def _run_plan(planned: Plan, mirror: Mirror, *, address: str | None, view: View) -> RunResult:
     from heliostat.runtime import session
 
     pipeline = planned.pipeline
@@ -91,19 +101,20 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
     tracking: dict[str, str | None] = {"uri": pipeline.tracking_uri, "experiment": pipeline.experiment, "run_id": None}
     begun = RunResult(pipeline.name, "unfinished", tuple(unfinished), tracking, None, log)
     with _written_to(pipeline.storage_folder):
-        runs.write_run(pipeline.storage_folder, run_id, {"key": key, **run_document(begun)})
+        document = runs.write_run(pipeline.storage_folder, run_id, {"key": key, **run_document(begun)})
+        mirror.send(document)
     with ExitStack() as tracked:  # what is left to track is delivered while Ray ends
         preload = {module for node in planned.nodes if node.status == "run" for module in node.kind.preload}
         with session.start(address, log=log, root=pipeline.root, preload=preload) as ray:
             where = "this machine" if address is None else f"the cluster at {address}"
             check_fits(planned, ray.capacity(), where=where)
             history = tracked.enter_context(History.open(planned, key, view.note, cut_off))
-            outcomes, interrupted = Execution(planned, history, view).run()
+            outcomes, interrupted = Execution(planned, history, mirror, view).run()
             failed = any(o.status in {"failed", "skipped"} for o in outcomes)
             status: Literal["done", "failed", "interrupted"] = (
                 "interrupted" if interrupted else "failed" if failed else "done"
             )
-            selected = _selected(planned, outcomes)
+            selected = _selected(planned, outcomes, mirror)
             history.end(status, selected)
         untracked = history.close()
     tracking["run_id"] = history.run_id
@@ -112,15 +123,26 @@ def _run_plan(planned: Plan, *, address: str | None, view: View) -> RunResult:
         runs.write_run(pipeline.storage_folder, run_id, {"key": key, **run_document(result)})
     except OSError as error:  # what became of each node is still worth telling
         view.note(f"{run_id} stays unfinished in the store's history: {error.strerror}")
+    _send_all(planned, mirror, document)
     return result
 
 
-def _selected(planned: Plan, outcomes: Sequence[NodeOutcome]) -> dict[str, Any] | None:
+def _send_all(planned: Plan, mirror: Mirror, *more: Path) -> None:
+    """What the bucket has not taken yet. Raises ArtifactError."""
+    try:
+        mirror.send(*(node.folder for node in planned.nodes if read_record(node.folder)), *more)
+    except ArtifactError as error:
+        store = planned.pipeline.storage_folder
+        raise ArtifactError(f"{error}; what was made is in {store}, and the same command sends it") from error
+
+
+def _selected(planned: Plan, outcomes: Sequence[NodeOutcome], mirror: Mirror) -> dict[str, Any] | None:
     """The chosen model of the last `select` node that is there."""
     done = {outcome.name for outcome in outcomes if outcome.status in {"ran", "reused"}}
     for node in reversed(planned.nodes):
         if node.kind.name == "select" and node.name in done:
-            record = artifact_of(node).record
+            mirror.fetch(node.folder)
+            record = record_of(node)
             return {"node": record.details["chosen"], "path": str(node.folder), "metrics": dict(record.metrics)}
     return None
 
@@ -148,6 +170,8 @@ def _written_to(store: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise SpecError(f"storage: {store} cannot be written: {error.strerror}") from error
+    except ArtifactError as error:
+        raise SpecError(str(error)) from error
 
 
 __all__ = ["NodeOutcome", "RunResult", "Unwatched", "View", "check_fits_here", "load_pipeline", "plan", "run"]

@@ -188,7 +188,7 @@ def test_an_unknown_key_is_refused_at_every_level(refusal, changes, expected):
             "stages[1] (train).resources.workers: input should be greater than or equal to 1, not 0",
         ),
         ({"stages/train/retries": -1}, "stages[1] (train).retries: input should be greater than or equal to 0"),
-        ({"storage": "s3://bucket/runs"}, "storage: 's3://bucket/runs' is a URL; name a local folder"),
+        ({"storage": "ftp://host/runs"}, "storage: 'ftp://host/runs' is neither a folder nor s3://BUCKET/PREFIX"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from heliostat.errors import ArtifactError
@@ -100,14 +101,18 @@ def read_record(folder: Path) -> Record | None:
         raise ArtifactError(f"{path} is damaged ({error}); delete that folder and run again") from error
 
 
-def find_artifact(folder: Path) -> Artifact | None:
-    """The artifact in a node's folder if the node is done and its files are all there at their recorded sizes."""
+def find_artifact(folder: Path, *, elsewhere: Mapping[Path, int] = MappingProxyType({})) -> Artifact | None:
+    """The artifact in a node's folder if the node is done and its files are all there at their recorded sizes.
+
+    `elsewhere` has the sizes of files that can be fetched into the folder.
+    """
     record = read_record(folder)
     if record is None:
         return None
     for name, entry in record.files.items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+        here = file.stat().st_size if file.is_file() else None
+        if entry["bytes"] not in (here, elsewhere.get(file)):
             return None
     return Artifact(folder, record)
 

@@ -10,10 +10,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from heliostat.core import imports
-from heliostat.core.artifact import Artifact, Record, find_artifact, records
+from heliostat.core.artifact import Artifact, Record, find_artifact, read_record, records
 from heliostat.core.capacity import Capacity, amount
 from heliostat.core.identity import explain_change, fingerprint
 from heliostat.core.model import Spec
@@ -92,10 +93,13 @@ class Plan:
         )
 
 
-def plan_pipeline(pipeline: Pipeline, *, force: Sequence[str] = ()) -> Plan:
+def plan_pipeline(
+    pipeline: Pipeline, *, force: Sequence[str] = (), elsewhere: Mapping[Path, int] = MappingProxyType({})
+) -> Plan:
     """The plan of a pipeline. Nodes of the stages in `force`, and those after them, run whatever the store has.
 
-    Raises SpecError that names the place, the value and the nearest right word.
+    `elsewhere` has the sizes of the files that can be fetched into the store, by their place in it. Raises SpecError
+    that names the place, the value and the nearest right word.
     """
     known = [stage.name for stage in pipeline.stages]
     for name in force:
@@ -103,7 +107,7 @@ def plan_pipeline(pipeline: Pipeline, *, force: Sequence[str] = ()) -> Plan:
             raise SpecError(f"--force {name}: no stage {name!r}{nearest(name, known)}")
     imports.use_root(pipeline.root)
     functions = _import_task(pipeline.task)
-    history = _History(pipeline)
+    history = _History(pipeline, elsewhere)
     by_stage: dict[str, list[Node]] = {}
     for index, stage in enumerate(pipeline.stages):
         place = f"stages[{index}] ({stage.name})"
@@ -288,7 +292,8 @@ def _identity(
 class _History:
     """What the store says of earlier nodes of this pipeline, read once."""
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, elsewhere: Mapping[Path, int]) -> None:
+        self._elsewhere = elsewhere
         self._latest: dict[str, Record] = {}
         self._seconds: dict[str, float] = {}
         self._names: dict[str, str] = {}
@@ -300,7 +305,7 @@ class _History:
     def look_up(self, node: Node, *, forced: bool) -> Node:
         self._names[node.fingerprint] = node.name
         again = [up.name for up in node.upstream if up.reason.startswith("forced")]
-        found = None if forced or again else find_artifact(node.folder)
+        found = None if forced or again else find_artifact(node.folder, elsewhere=self._elsewhere)
         if found is not None:
             unmeasured = node.has_speed and found.speed is None
             reason = f"done {found.record.started_at}" + ("; its speed is left to be measured" if unmeasured else "")
@@ -315,10 +320,19 @@ class _History:
         before = self._latest.get(node.name)
         if before is None:
             started = node.folder.is_dir() and any(node.folder.iterdir())
+            started = started or any(path.is_relative_to(node.folder) for path in self._elsewhere)
             return "goes on where it was interrupted" if started else "first run"
         if before.fingerprint == node.fingerprint:
             return "files of the artifact are missing or cut short"
         return "; ".join(explain_change(before.identity, node.identity, names=self._names))
+
+
+def record_of(node: Node) -> Record:
+    """The record of a node that is done, whether its files are here or not. Raises ArtifactError when it is not."""
+    record = read_record(node.folder)
+    if record is None:
+        raise ArtifactError(f"{node.name}: no record in {node.folder}")
+    return record
 
 
 def artifact_of(node: Node) -> Artifact:

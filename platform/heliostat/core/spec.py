@@ -4,6 +4,7 @@ A stage's config is held as it was written (a mapping); the config model of its 
 what `plan` makes of it. So two files that mean the same have the same fingerprints.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -108,6 +109,7 @@ class Task(Spec):
         return names
 
 
+BUCKET = re.compile(r"s3://[^/?]+(/[^?]*)?(\?.*)?")
 TOUCH = 0.001
 """What a worker holds of its node's kind of accelerator: next to nothing, as Ray's own `accelerator_type` does."""
 
@@ -218,9 +220,9 @@ class Pipeline(Spec):
 
     @field_validator("storage")
     @classmethod
-    def _is_a_folder(cls, storage: str | None) -> str | None:
-        if storage is not None and "://" in storage:
-            raise ValueError(f"{storage!r} is a URL; name a local folder, or one that all machines share")
+    def _is_a_folder_or_a_bucket(cls, storage: str | None) -> str | None:
+        if storage is not None and "://" in storage and not BUCKET.fullmatch(storage):
+            raise ValueError(f"{storage!r} is neither a folder nor s3://BUCKET/PREFIX")
         return storage
 
     @field_validator("root")
@@ -240,8 +242,17 @@ class Pipeline(Spec):
 
     @property
     def storage_folder(self) -> Path:
-        """The root of the store: `storage`, relative to the pipeline's folder, or `.heliostat/` in it."""
-        return (self.root / Path(self.storage or ".heliostat").expanduser()).resolve()
+        """The root of the store: `storage`, relative to the pipeline's folder, or `.heliostat/` in it.
+
+        Where the storage is a bucket, that is what this machine has of it.
+        """
+        folder = self.storage if self.storage and not self.bucket_url else ".heliostat"
+        return (self.root / Path(folder).expanduser()).resolve()
+
+    @property
+    def bucket_url(self) -> str | None:
+        """The storage, if it is `s3://…`."""
+        return self.storage if self.storage and BUCKET.fullmatch(self.storage) else None
 
     @property
     def tracking_uri(self) -> str:

@@ -17,10 +17,12 @@ def new_run_id(pipeline: str) -> str:
     return f"{pipeline}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
 
 
-def write_run(storage: Path, run_id: str, document: Mapping[str, Any]) -> None:
-    folder = storage / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{run_id}.json", {"run": run_id, **document})
+def write_run(storage: Path, run_id: str, document: Mapping[str, Any]) -> Path:
+    """Write a run's document; the file that it is in."""
+    path = storage / "runs" / f"{run_id}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"run": run_id, **document})
+    return path
 
 
 def read_runs(storage: Path) -> list[dict[str, Any]]:

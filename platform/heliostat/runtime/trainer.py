@@ -174,7 +174,7 @@ def _fit_once(work: TrainWork) -> Any:
         torch_config=TorchConfig(
             backend="nccl" if resources.gpus_per_worker >= 1 else "gloo", timeout_s=resources.hang_timeout_s
         ),
-        run_config=RunConfig(name="train", storage_path=str(work.folder / "ray")),
+        run_config=RunConfig(name="train", storage_path=str(work.folder / ".ray")),
     )
     try:
         return trainer.fit().return_value

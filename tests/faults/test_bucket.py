@@ -1,0 +1,139 @@
+"""Storage in a bucket: the machine is lost, or the bucket does not answer, and the same command goes on."""
+
+import json
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+STORAGE = ("--set", "storage=s3://models/team")
+SLOW = """
+
+import time
+
+quick_accuracy = accuracy
+
+
+def accuracy(outputs, targets):
+    time.sleep(0.6)
+    return quick_accuracy(outputs, targets)
+"""
+
+
+@pytest.fixture
+def machine(tmp_path, toy_in, s3):
+    """A folder with the toy's code and nothing else: what a new machine has of it."""
+
+    def make(name, stages, *, slow=False):
+        toy = toy_in(tmp_path / name)
+        toy.module.write_text(toy.module.read_text() + (SLOW if slow else ""))
+        toy.write({**toy.document, "stages": stages})
+        return toy
+
+    return make
+
+
+def answer(process):
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout)
+
+
+def statuses(document):
+    return {node["name"]: node["status"] for node in document["nodes"]}
+
+
+def test_another_machine_reuses_what_is_in_the_bucket_and_fetches_what_it_needs(machine, heliostat, s3):
+    train = {"name": "train", "uses": "train", "config": {"epochs": 2}}
+    best = {"name": "best", "uses": "select", "inputs": {"baseline": "train", "candidates": ["train"]}}
+    made = answer(heliostat("run", machine("a", [train]).file, *STORAGE, "--json"))
+
+    other = machine("b", [train, best])
+    planned = answer(heliostat("plan", other.file, *STORAGE, "--json"))
+    assert statuses(planned) == {"train": "reuse", "best": "run"}
+    (folder,) = (other.folder / ".heliostat").glob("toy/train/*")
+    assert [path.name for path in folder.iterdir()] == ["record.json"]
+
+    ran = answer(heliostat("run", other.file, *STORAGE, "--json"))
+    assert statuses(ran) == {"train": "reused", "best": "ran"}
+    assert ran["nodes"][0]["metrics"] == made["nodes"][0]["metrics"]
+
+    third = machine("c", [train, best])
+    reused = answer(heliostat("run", third.file, *STORAGE, "--json"))
+    assert statuses(reused) == {"train": "reused", "best": "reused"}
+    assert (Path(reused["selected"]["path"]) / "model.json").is_file()
+    assert not list(third.folder.glob(".heliostat/toy/train/*/model.json"))
+
+
+@pytest.mark.slow
+def test_a_lost_machine_is_replaced_and_search_and_training_go_on(
+    machine, heliostat, s3, eventually, processes_with, monkeypatch
+):
+    space = {"optimizer.lr": {"loguniform": [0.001, 0.1]}}
+    stages = [
+        {"name": "search", "uses": "tune", "config": {"trials": 4, "space": space, "train": {"epochs": 1}}},
+        {"name": "train", "uses": "train", "inputs": {"params": "search"}, "config": {"epochs": 8}},
+    ]
+
+    def kill_when(toy, moment, what):
+        mark = f"TOY_FOLDER={toy.folder}"
+        process = subprocess.Popen(
+            [*heliostat.command, "run", toy.file, *STORAGE],
+            env={**heliostat.environment, "TOY_FOLDER": str(toy.folder)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            eventually(moment, what, unless=lambda: process.poll() is not None)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        eventually(lambda: not processes_with(mark), "processes outlive their driver", timeout_s=150)
+
+    def journal():
+        keys = [key for key in s3.objects() if key.endswith("journal.jsonl")]
+        bodies = [s3.client.get_object(Bucket="models", Key=key)["Body"].read().decode() for key in keys]
+        return [json.loads(line) for body in bodies for line in body.splitlines(keepends=True) if line.endswith("\n")]
+
+    def ended():
+        return {event["id"]: event for event in journal() if event["event"] == "ended"}
+
+    kill_when(machine("a", stages, slow=True), lambda: len(ended()) >= 2, "two trials are in the bucket")
+    ended_at_kill = ended()
+    kill_when(machine("b", stages, slow=True), lambda: any("/epoch-00003" in key for key in s3.objects()), "epochs")
+    journal_at_kill = ended()
+    assert ended_at_kill.items() <= journal_at_kill.items()
+
+    last = machine("c", stages, slow=True)
+    document = answer(heliostat("run", last.file, *STORAGE, "--json"))
+    assert statuses(document) == {"search": "reused", "train": "ran"}
+    record = json.loads((Path(document["nodes"][1]["path"]) / "record.json").read_text())
+    assert len(record["details"]["history"]) == 8
+    log = "".join(path.read_text() for path in last.folder.glob(".heliostat/logs/*.log"))
+    assert "training goes on after epoch" in log
+    assert not [key for key in s3.objects() if "/checkpoints/epoch" in key]
+
+
+@pytest.mark.slow
+def test_a_bucket_that_goes_away_loses_nothing(machine, heliostat, s3, eventually):
+    toy = machine("a", [{"name": "train", "uses": "train", "config": {"epochs": 4}}], slow=True)
+    process = heliostat.start("run", toy.file, *STORAGE)
+    eventually(lambda: any("/epoch-" in key for key in s3.objects()), "an epoch is in the bucket")
+    s3.stop()
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "storage: s3://models/team" in errors
+    assert f"what was made is in {toy.folder / '.heliostat'}, and the same command sends it" in errors
+
+    again = heliostat("run", toy.file, *STORAGE)
+    assert again.returncode == 2
+    assert "storage: s3://models/team" in again.stderr
+
+    s3.start()
+    assert statuses(answer(heliostat("run", toy.file, *STORAGE, "--json"))) == {"train": "reused"}
+    other = machine("b", [{"name": "train", "uses": "train", "config": {"epochs": 4}}], slow=True)
+    assert statuses(answer(heliostat("plan", other.file, *STORAGE, "--json"))) == {"train": "reuse"}
