@@ -36,6 +36,7 @@ def make_node(store: Path, **files: str) -> Path:
     folder = store / NODE
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     record = Record(
         kind="model",
@@ -63,8 +64,8 @@ def epochs(names) -> list[int]:
 
 def test_a_finished_node_is_found_and_fetched_by_another_machine(machine, s3):
     store, mirror = machine("a")
-    mirror.send(make_node(store, model="weights", card="text"))
-    assert set(s3.objects()) == {f"team/{NODE}/{name}" for name in ("model", "card", RECORD)}
+    mirror.send(make_node(store, **{"model": "weights", "code/toy.py": "code"}))
+    assert set(s3.objects()) == {f"team/{NODE}/{name}" for name in ("model", "code/toy.py", RECORD)}
 
     other, mirror = machine("b")
     there = mirror.look("toy")
@@ -72,7 +73,7 @@ def test_a_finished_node_is_found_and_fetched_by_another_machine(machine, s3):
     assert find_artifact(other / NODE, elsewhere=there) is not None
     mirror.fetch(other / NODE)
     assert find_artifact(other / NODE) is not None
-    assert (other / NODE / "model").read_text() == "weights"
+    assert (other / NODE / "code/toy.py").read_text() == "code"
 
 
 def test_a_node_whose_files_did_not_all_arrive_has_no_record_there(machine, s3, monkeypatch):
@@ -112,6 +113,30 @@ def test_a_file_that_was_altered_there_is_refused_when_it_is_fetched(machine, s3
     mirror.look("toy")
     with pytest.raises(ArtifactError, match=f"{NODE}/model is not the file .* of train tells of; .*--force train"):
         mirror.fetch(other / NODE)
+
+
+def test_a_node_that_was_made_again_elsewhere_is_the_one_that_counts(machine):
+    store, mirror = machine("a")
+    mirror.send(make_node(store, model="weights", card="text"))
+    other, mirror_of_other = machine("b")
+    with mirror_of_other.following(other / NODE, anew=True):
+        make_node(other, model="WEIGHTS", card="text")
+
+    mirror.look("toy")
+    assert not (store / NODE / "model").exists()
+    mirror.fetch(store / NODE)
+    assert (store / NODE / "model").read_text() == "WEIGHTS"
+
+
+def test_a_node_with_a_file_that_was_cut_short_there_is_made_again(machine, s3):
+    store, mirror = machine("a")
+    mirror.send(make_node(store, model="weights"))
+    s3.client.put_object(Bucket="models", Key=f"team/{NODE}/model", Body=b"wei")
+    other, mirror = machine("b")
+    mirror.look("toy")
+    with mirror.following(other / NODE, anew=False):
+        make_node(other, model="weights")
+    assert s3.objects()[f"team/{NODE}/model"] == len("weights")
 
 
 def test_checkpoints_are_sent_while_the_stage_runs_and_old_ones_deleted(machine, s3, monkeypatch, eventually):

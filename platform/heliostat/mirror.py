@@ -14,11 +14,20 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from heliostat.core.artifact import RECORD, digest_files, find_artifact, read_record
+from heliostat.core.artifact import (
+    RECORD,
+    Record,
+    digest_files,
+    find_artifact,
+    parse_record,
+    read_record,
+    write_record,
+)
 from heliostat.core.spec import Pipeline
 from heliostat.errors import ArtifactError, HeliostatError, SpecError
 
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
 SEND_EVERY_S = 2.0
 """How long what a running stage left may wait until it is sent."""
 CHUNK_BYTES = 2**20
+LOOKS_AT_ONCE = 8
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +55,10 @@ class Mirror(Protocol):
         """
 
     def fetch(self, folder: Path) -> None:
-        """Bring what a node's folder lacks. Raises ArtifactError too where it is not what the record tells of."""
+        """Bring what a node's folder lacks; of a file that grows, such as a journal, the longer one is the later.
+
+        Raises ArtifactError too where a file is not the one that the record tells of.
+        """
 
     def send(self, *paths: Path) -> None:
         """Send these files, and of these folders all that has changed."""
@@ -94,31 +107,27 @@ class BucketMirror:
             self._bucket, self._prefix = FileSystem.from_uri(self._url)
 
     def look(self, pipeline: str) -> Mapping[Path, int]:
-        sizes, found = {}, self._listed(self._folder / pipeline, SpecError)
+        found = self._listed(self._folder / pipeline, SpecError)
+        with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+            list(pool.map(self._take_record, [path for path, _ in found if path.name == RECORD]))
         for path, there in found:
-            sizes[path] = there.size
-            if path.name == RECORD:
-                self._bring(path, there)
-            elif path.is_file() and path.stat().st_size == there.size:
+            if path.is_file() and path.stat().st_size == there.size:
                 self._sent[path] = _stamp(path)
-        return sizes
+        return {path: there.size for path, there in found}
 
     def fetch(self, folder: Path) -> None:
-        if find_artifact(folder) is not None:
-            return
         with self._fetching:  # two nodes may need the same one
-            brought = [path for path, there in self._listed(folder) if self._bring(path, there)]
-        record = read_record(folder)
-        if record is None:
-            return
-        names = {str(path.relative_to(folder)) for path in brought} & record.files.keys()
-        for name, found in digest_files(folder, names).items():
-            if found != record.files[name]:
-                (folder / name).unlink()
-                raise ArtifactError(
-                    f"{self._at(folder / name)} is not the file that the record of {record.node} tells of; "
-                    f"make it again: --force {record.stage}"
-                )
+            if find_artifact(folder) is not None:
+                return
+            record = read_record(folder)
+            for path, there in self._listed(folder):
+                name = path.relative_to(folder).as_posix()
+                if record and name in record.files:
+                    if _size(path) != there.size == record.files[name]["bytes"]:
+                        self._fetch_file(path)
+                        self._check(folder, name, record)
+                elif path.name != RECORD and _size(path) < there.size:
+                    self._fetch_file(path)
 
     def send(self, *paths: Path) -> None:
         for path in paths:
@@ -181,22 +190,38 @@ class BucketMirror:
                 shutil.copyfileobj(source, sink, CHUNK_BYTES)
         self._sent[path] = stamp
 
-    def _bring(self, path: Path, there: "FileInfo") -> bool:
-        """Whether the file had to be fetched: it was not here, or what is there is another and newer."""
-        if path.is_file():
-            here = path.stat()
-            if here.st_size == there.size:
-                self._sent[path] = _stamp(path)
-                return False
-            if here.st_mtime_ns > there.mtime_ns:
-                return False
+    def _take_record(self, path: Path) -> None:
+        """Let the record there count here, unless this one is of the same artifact and says more of it.
+
+        A file that is here, but not of the artifact that is told of there, goes.
+        """
+        with self._reached(SpecError), self._bucket.open_input_stream(self._key(path)) as source:
+            text = source.read().decode()
+        there, here = parse_record(text, place=self._at(path)), read_record(path.parent)
+        if here is not None and here.files == there.files and _size(path) >= len(text.encode()):
+            return
+        for name, entry in there.files.items():
+            if here is None or here.files.get(name) != entry:
+                (path.parent / name).unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_record(path.parent, there)
+
+    def _check(self, folder: Path, name: str, record: Record) -> None:
+        """Whether a fetched file is the one whose digest is in the record."""
+        if digest_files(folder, [name])[name] != record.files[name]:
+            (folder / name).unlink()
+            raise ArtifactError(
+                f"{self._at(folder / name)} is not the file that the record of {record.node} tells of; "
+                f"make it again: --force {record.stage}"
+            )
+
+    def _fetch_file(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.fetched")
         with self._reached(), self._bucket.open_input_stream(self._key(path)) as source, aside.open("wb") as sink:
             shutil.copyfileobj(source, sink, CHUNK_BYTES)
         aside.rename(path)
         self._sent[path] = _stamp(path)
-        return True
 
     def _listed(self, folder: Path, error: type[HeliostatError] = ArtifactError) -> list[tuple[Path, "FileInfo"]]:
         """All files below, each with the place that it has in the folder."""
@@ -236,6 +261,11 @@ def _lasting_files(folder: Path) -> Iterator[tuple[Path, Stamp]]:
 
 def _lasts(name: str) -> bool:
     return not name.startswith(".") and not name.endswith(".tmp")
+
+
+def _size(path: Path) -> int:
+    """That of a local file; -1 where there is none."""
+    return path.stat().st_size if path.is_file() else -1
 
 
 def _stamp(path: Path) -> Stamp:

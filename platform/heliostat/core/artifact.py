@@ -94,11 +94,17 @@ def read_record(folder: Path) -> Record | None:
     """The record of a node's folder, or None when the node is not done. Raises ArtifactError for a damaged record."""
     path = folder / RECORD
     try:
-        return Record(**json.loads(path.read_text(encoding="utf-8")))
+        return parse_record(path.read_text(encoding="utf-8"), place=str(path))
     except FileNotFoundError:
         return None
+
+
+def parse_record(text: str, *, place: str) -> Record:
+    """The record that the text of a `record.json` is. Raises ArtifactError for a damaged one, naming the place."""
+    try:
+        return Record(**json.loads(text))
     except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); delete that folder and run again") from error
+        raise ArtifactError(f"{place} is damaged ({error}); delete that folder and run again") from error
 
 
 def find_artifact(folder: Path, *, elsewhere: Mapping[Path, int] = MappingProxyType({})) -> Artifact | None:
