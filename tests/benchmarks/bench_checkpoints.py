@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-WIDTH, LAYERS, SAMPLES, BATCH, EPOCHS, PAIRS = 1024, 4, 4096, 64, 4, 5
+WIDTH, LAYERS, SAMPLES, BATCH, EPOCHS, PAIRS = 1024, 4, 4096, 64, 3, 3
 WORKERS = (1, 2)
 
 
