@@ -72,6 +72,7 @@ class TrainContext:
         values = from_first_worker({name: float(value) for name, value in metrics.items()}, world=self._world)
         row = {"seconds": time.perf_counter() - self._row_started} | values
         progress = self._progress
+        best = progress.history[progress.best_epoch - 1] if progress.best_epoch else None
         progress.epoch += 1
         progress.history.append(row)
 
@@ -79,12 +80,12 @@ class TrainContext:
         if checkpoint is not None:
             _require_plain(checkpoint, place="checkpoint")
             state = _model_state(checkpoint)
-            is_best = self._beats(self._checkpoint_epochs)
+            is_best = self._beats(best if self._checkpoint_epochs else None)
             self._checkpoint_epochs.append(progress.epoch)
             if is_best:
                 self._best_state = copy_on_cpu(state)
         elif not self._checkpoint_epochs:
-            is_best = self._beats(range(1, progress.epoch))
+            is_best = self._beats(best)
         if is_best:
             progress.best_epoch = progress.epoch
 
@@ -129,13 +130,12 @@ class TrainContext:
             )
         return progress.fit(state=self._best_state or {})
 
-    def _beats(self, rivals: Iterable[int]) -> bool:
-        """Whether the newest row is better than those of the rival epochs. Without a figure to compare, it is."""
+    def _beats(self, best: Mapping[str, float] | None) -> bool:
+        """Whether the newest row is better than the best of its rivals. Without a figure to compare, it is."""
         row = self._progress.history[-1]
         monitor = self._config.monitor or self._objective.default_monitor
         if monitor in row:
-            rows = [self._progress.history[epoch - 1] for epoch in rivals]
-            past = [rival[monitor] for rival in rows if monitor in rival]
+            past = [best[monitor]] if best is not None and monitor in best else []
             return is_better(row[monitor], past, self._objective.mode(monitor))
         if self._config.monitor is not None:
             raise StageError(f"monitor: task.train_fn does not report {monitor!r}{nearest(monitor, row)}")
