@@ -1,8 +1,8 @@
 """From a command to its first optimizer step with 2 workers: ours on a Ray that runs, `torchrun`, and Ray Train.
 
 All train the same small net with gloo and note when the first step is over. A Ray without a dashboard is started
-beforehand, and every command of ours and of Ray Train connects to it; before the rounds that are counted, each runs once.
-Ray Train is as its guide writes it, with no switch of Ray's set. Sides take turns. Prints one JSON line: medians, all
+beforehand, and every command of ours and of Ray Train connects to it; each runs once before the rounds that count. Ray
+Train is as its guide writes it, with no switch of Ray's set. Sides take turns. Prints one JSON line: medians, all
 values, and ours by torchrun's time to its first step and by the time of its whole command. Target: ratio <= 1.6.
 
 https://docs.ray.io/en/latest/train/getting-started-pytorch.html

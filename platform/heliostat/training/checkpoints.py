@@ -10,7 +10,6 @@ lie with all workers, and none may change its own before every other has written
 """
 
 import hashlib
-import io
 import logging
 import os
 import re
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from heliostat.core.spec import Resources
 
@@ -72,19 +73,22 @@ class Checkpoints:
 
         Raises what went wrong with the one before.
         """
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        self._writer.start(partial(self._write, buffer.getbuffer(), epoch=epoch, is_best=is_best))
+        copied = tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, state)
+        self._writer.start(partial(self._write, copied, epoch=epoch, is_best=is_best))
 
     def flush(self) -> None:
         """Wait until all that was saved is on the disk. Raises OSError when it did not get there."""
         self._writer.finish()
 
-    def _write(self, content: memoryview, *, epoch: int, is_best: bool) -> None:
+    def _write(self, state: State, *, epoch: int, is_best: bool) -> None:
         """Write a checkpoint, then delete what is no longer needed."""
-        name = _name(epoch, is_best, hashlib.sha256(content).hexdigest()) + ".pt"
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_atomically(self.folder / name, content)
+        aside = self.folder / f"epoch-{epoch:05d}.pt.tmp"
+        torch.save(state, aside)
+        _sync(aside)
+        name = _name(epoch, is_best, _digest(aside)) + ".pt"
+        aside.rename(self.folder / name)
+        _sync(self.folder)
         self._prune(newest=name)
 
     def keep_folder(self, aside: Path, *, epoch: int, is_best: bool) -> None:
@@ -145,16 +149,6 @@ def _digest(path: Path) -> str:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_atomically(path: Path, content: memoryview) -> None:
-    aside = path.with_name(path.name + ".tmp")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
