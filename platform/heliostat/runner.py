@@ -104,7 +104,9 @@ def _run_plan(planned: Plan, mirror: Mirror, *, address: str | None, view: View)
         document = runs.write_run(pipeline.storage_folder, run_id, {"key": key, **run_document(begun)})
         mirror.send(document)
     with ExitStack() as tracked:  # what is left to track is delivered while Ray ends
-        preload = {module for node in planned.nodes if node.status == "run" for module in node.kind.preload}
+        preload = {
+            module for node in planned.nodes if node.status == "run" for module in node.kind.preload(node.resources)
+        }
         with session.start(address, log=log, root=pipeline.root, preload=preload) as ray:
             where = "this machine" if address is None else f"the cluster at {address}"
             check_fits(planned, ray.capacity(), where=where)

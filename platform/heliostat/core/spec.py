@@ -109,7 +109,7 @@ class Task(Spec):
         return names
 
 
-BUCKET = re.compile(r"s3://[^/?]+(/[^?]*)?(\?.*)?")
+BUCKET = re.compile(r"s3://[^/?]+(/[^?]*)?")
 TOUCH = 0.001
 """What a worker holds of its node's kind of accelerator: next to nothing, as Ray's own `accelerator_type` does."""
 

@@ -161,7 +161,7 @@ class StageKind:
     measured: Measured
     """When the speed of the models that go in is measured: `later` (the stage does not look at it, and need not wait),
     `before` it starts, or `together`, in one measurement of all of them, so that they can be compared."""
-    preload: Sequence[str]
+    preload: Callable[[Resources], Sequence[str]]
     """Modules of the driver's part that take long to import: they are imported while Ray starts."""
     reference: str
 
@@ -187,7 +187,7 @@ def stage(
     explain: Callable[[Any, ConfigView], Mapping[str, str]] = lambda config, view: {},
     keeps_metrics: bool = False,
     measured: Measured = "before",
-    preload: Sequence[str] = (),
+    preload: Callable[[Resources], Sequence[str]] = lambda resources: (),
 ) -> Callable[[F], F]:
     """Declare a stage kind over `function(context, config) -> StageResult`; `config` is annotated with its model."""
 

@@ -235,7 +235,7 @@ def _at_once_here(resources: Resources) -> int:
     check=_check,
     identity=_identity,
     explain=_explain,
-    preload=["heliostat.runtime.trials", "hyperopt"],
+    preload=lambda resources: ["heliostat.runtime.trials", "hyperopt"],
 )
 def tune(context: StageContext, config: TuneConfig) -> StageResult:
     """Search. Each trial is one training of `config.train` with the parameters of the trial laid over it."""
