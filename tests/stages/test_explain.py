@@ -25,6 +25,45 @@ def test_the_plan_shows_what_a_strategy_will_do(toy, strategy, expected):
     assert plan(load_pipeline(toy.file)).node("train").explained == {"strategy": expected}
 
 
+@pytest.fixture
+def told(toy, monkeypatch):
+    """What the plan says of training with two workers on a node of so many bytes."""
+
+    def tell(node_bytes, **config):
+        monkeypatch.setattr("heliostat.training.devices.node_memory_bytes", lambda: node_bytes)
+        document = toy.document
+        train = document["stages"][1]
+        del train["inputs"]
+        train |= {"config": config, "resources": {"workers": 2}}
+        document["stages"] = [train]
+        return plan(load_pipeline(toy.write(document))).node("train")
+
+    return tell
+
+
+def test_the_plan_shows_the_memory_that_auto_goes_by_and_what_it_takes(told):
+    explained = told(10_000_000).explained
+    assert explained["strategy"] == (
+        "auto takes ddp on this machine: a whole copy takes 14.9 KB of a device's 5 MB; the activations, which "
+        "auto.sample would tell, are counted when it trains"
+    )
+    heading, row = (line.split() for line in explained["memory of a worker"].splitlines() if line)
+    assert heading == ["parameters", "gradients", "optimizer", "copies", "activations", "total"]
+    assert row == "ddp 1.87 KB 1.87 KB 3.74 KB 7.47 KB not known 14.9 KB".split()
+
+
+def test_told_of_a_sample_the_plan_counts_activations_too(told):
+    explained = told(10_000_000, strategy={"auto": {"sample": [8]}}).explained
+    assert "activations" not in explained["strategy"]
+    assert "not known" not in explained["memory of a worker"]
+
+
+def test_what_auto_would_take_is_no_part_of_identity(told):
+    small, large = told(30_000), told(10_000_000)
+    assert small.fingerprint == large.fingerprint
+    assert "auto takes ddp" not in small.explained["strategy"]
+
+
 SMALL = {"batch_size": {"choice": [16, 32]}, "model_args.width": {"choice": [4, 8]}}
 LARGE = {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}}
 

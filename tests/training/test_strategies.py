@@ -71,6 +71,12 @@ def test_a_strategy_trains_the_curve_and_the_model_of_one_process(trained: Any, 
     assert_parity(trained, name, 2)
 
 
+def test_auto_splits_a_model_that_is_too_large_for_a_worker_and_trains_the_same_curve(trained: Any) -> None:
+    assert_parity(trained, "auto", 2)
+    taken = {name: found["taken"] for name, found in trained("auto", 2).items()}
+    assert taken == {"mlp": "fsdp", "cnn": "pp", "transformer": "pp"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", *PAIRS[3:]])
 def test_so_does_every_form_of_it(trained: Any, name: str) -> None:

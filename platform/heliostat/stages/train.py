@@ -29,13 +29,22 @@ def _needs(resources: Resources) -> Need:
 
 
 def _explain(config: TrainConfig, view: ConfigView) -> Mapping[str, str]:
-    if config.strategy.is_replicated:
+    strategy, resources = config.strategy, view.resources
+    if strategy.name in ("single", "ddp") or resources.workers == 1:
         return {}
+    if view.task.train_fn is not None and strategy.name == "auto":
+        return {"strategy": "auto takes ddp: the optimizer is task.train_fn's own"}
     if view.inputs.get("params"):
-        return {"strategy": f"{config.strategy.name}, of the model that the search finds"}
+        return {"strategy": f"{strategy.name}, of the model that the search finds"}
+    model, workers = view.functions["model"], resources.workers
+    if strategy.name == "auto":
+        from heliostat.training.strategies.forecast import forecast
+
+        own_step = view.task.train_step is not None
+        return forecast(model, config, workers=workers, gpus_per_worker=resources.gpus_per_worker, own_step=own_step)
     from heliostat.training.strategies.preview import preview
 
-    return {"strategy": preview(view.functions["model"], config, workers=view.resources.workers)}
+    return {"strategy": preview(model, config, workers=workers)}
 
 
 @stage(
@@ -91,6 +100,7 @@ def _keep(context: StageContext, config: TrainConfig, fitted: "Fit") -> StageRes
             "epochs": fitted.epochs,
             "history": fitted.history,
             "validations": fitted.validations,
+            **fitted.choice,
             "parity": {"reload": reload_parity(context, config, model)},
         },
     )

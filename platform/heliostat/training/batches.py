@@ -139,11 +139,11 @@ def epoch_batches(
             return
 
 
-def first_input(dataset: Dataset[Any], device: torch.device) -> Any:
-    """The inputs of a batch of one sample."""
+def first_sample(dataset: Dataset[Any], device: torch.device) -> Batch:
+    """A batch of one sample."""
     batches = epoch_batches(dataset, batch_size=1, seed=0, epoch=0, world=World(), device=device, max_steps=1)
     ((_, batch),) = batches
-    return batch[0]
+    return batch
 
 
 def num_steps(dataset: Dataset[Any], batch_size: int) -> int | None:

@@ -120,6 +120,10 @@ class Checkpoints:
                 return newest.path, best.path
         return None
 
+    def are_spread(self) -> bool | None:
+        """Whether the newest is of a model that was spread over workers; None where there is none."""
+        return next((file.path.suffix != ".pt" for file in self._files()), None)
+
     def _files(self) -> list[_File]:
         """Newest first."""
         matches = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("epoch-*"))

@@ -123,6 +123,15 @@ class SchedulerConfig(Spec):
         return self
 
 
+class AutoConfig(Spec):
+    """What `plan`, which reads no data, is told of it, so that it can count the activations too."""
+
+    sample: tuple[Count, ...] | None = None
+    """The shape of one sample's inputs, such as `[3, 224, 224]`."""
+    dtype: Literal["float32", "int64"] = "float32"
+    """`int64` for tokens."""
+
+
 class FsdpConfig(Spec):
     """What is gathered as one: each module of a class (`wrap: Block`), or the smallest with so many parameters."""
 
@@ -164,6 +173,7 @@ class StrategyConfig(Spec):
 
     name: StrategyName = "auto"
     mesh: dict[Axis, Count] = Field(default_factory=dict)
+    auto: AutoConfig = AutoConfig()
     fsdp: FsdpConfig = FsdpConfig()
     tp: TpConfig = TpConfig()
     pp: PpConfig = PpConfig()
@@ -176,14 +186,16 @@ class StrategyConfig(Spec):
         if not isinstance(value, Mapping) or not value or "name" in value:
             return value
         mesh = value.get("mesh")
-        told = [key for key in ("fsdp", "tp", "pp") if key in value or (isinstance(mesh, Mapping) and key in mesh)]
+        told = [
+            key for key in ("auto", "fsdp", "tp", "pp") if key in value or (isinstance(mesh, Mapping) and key in mesh)
+        ]
         if len(told) != 1:
             raise ValueError(f"name one of fsdp, tp and pp, not {', '.join(told) or 'none'}")
         return {"name": told[0], **value}
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StrategyConfig":
-        for section in ("fsdp", "tp", "pp"):
+        for section in ("auto", "fsdp", "tp", "pp"):
             if section != self.name and (options := getattr(self, section)) != type(options)():
                 raise ValueError(f"{section} has options, but the strategy is {self.name}")
         if self.mesh and (self.name not in ("tp", "pp") or set(self.mesh) - {"dp", self.name}):
@@ -259,11 +271,19 @@ def why_not_trained(config: TrainConfig, *, workers: int, task: Task) -> Iterato
         yield f"strategy: {name!r} spreads a model over workers, and there is one; take 'auto'"
         return
     try:
-        sizes = strategy.sizes(workers)
+        strategy.sizes(workers)
     except ValueError as error:
         yield f"strategy.mesh: {error}, but there are {workers} workers"
         return
-    if task.train_fn is not None:
+    yield from why_not_spread(
+        config, workers=workers, own_loop=task.train_fn is not None, own_step=task.train_step is not None
+    )
+
+
+def why_not_spread(config: TrainConfig, *, workers: int, own_loop: bool, own_step: bool) -> Iterator[str]:
+    """What of the config fsdp, tp or pp cannot do, with the user's own loop or step of it."""
+    strategy, name = config.strategy, config.strategy.name
+    if own_loop:
         yield f"strategy: {name!r} changes the parameters that the optimizer of task.train_fn has; take 'ddp' or 'auto'"
     if config.precision == "fp16":
         yield f"precision: with {name!r} a worker sees the overflow of its own part only; take bf16"
@@ -272,7 +292,8 @@ def why_not_trained(config: TrainConfig, *, workers: int, task: Task) -> Iterato
     if config.optimizer.is_reference:
         yield f"optimizer.name: an optimizer by import path may look at whole tensors, and {name!r} gives it parts"
     if name == "pp":
-        if task.train_step is not None:
+        sizes = strategy.sizes(workers)
+        if own_step:
             yield "strategy: 'pp' runs the model in parts, which task.train_step cannot call; take 'fsdp' or 'tp'"
         if config.accumulate_steps > 1:
             yield "accumulate_steps: 'pp' computes a batch in microbatches already; set strategy.pp.microbatches"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from heliostat.training.batches import first_input
+from heliostat.training.batches import first_sample
 from heliostat.training.world import World
 
 
@@ -23,7 +23,7 @@ def use_fast_layout(model: nn.Module, dataset: Dataset[Any], *, world: World) ->
     was_training = model.training
     try:
         with torch.no_grad():
-            model.eval()(first_input(dataset, world.device))
+            model.eval()(first_sample(dataset, world.device)[0])
     except RuntimeError:  # "view size is not compatible", or an error that the training will raise again
         use_plain_layout(model)
     model.train(was_training)

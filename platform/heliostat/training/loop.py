@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from heliostat.training.batches import epoch_batches, first_input, num_steps
+from heliostat.training.batches import Batch, epoch_batches, first_sample, num_steps
 from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.config import TrainConfig
 from heliostat.training.evaluation import evaluate
@@ -25,6 +25,7 @@ from heliostat.training.progress import Fit, OnBest, OnEpoch, Progress, is_bette
 from heliostat.training.resume import put_down, take_up
 from heliostat.training.seeding import derive_seed, deterministic_algorithms, seed_everything
 from heliostat.training.strategies import parallelize
+from heliostat.training.strategies.auto import choose_strategy
 from heliostat.training.task import Data, Objective
 from heliostat.training.trainee import Trainee, start_training
 from heliostat.training.world import World, any_worker, copy_buffers_from_first
@@ -99,23 +100,28 @@ def train_epochs(
     """What `fit` goes through, epoch by epoch. Several trainings may take turns: an epoch depends on its seed alone."""
     world = world or World()
     monitor, mode = objective.monitor(config)
-    if config.strategy.is_replicated:
-        use_fast_layout(model, data["train"], world=world)
-    if config.compile:
-        model.compile()
-    parallel = parallelize(
-        model,
-        config.strategy,
-        world,
-        batch_size=config.batch_size,
-        example=lambda: first_input(data["train"], world.device),
-    )
     rule = LossRule(
         batch_loss or (lambda outputs, batch: objective.loss(outputs, batch[1])),
         train_step=objective.train_step if batch_loss is None else None,
         precision=config.precision,
         device=world.device,
     )
+
+    def example() -> Batch:
+        return first_sample(data["train"], world.device)
+
+    choice = None
+    if config.strategy.name == "auto":
+        own_step = objective.train_step is not None
+        choice = choose_strategy(
+            model, config, world, rule=rule, example=example, own_step=own_step, checkpoints=checkpoints
+        )
+        config = config.model_copy(update={"strategy": choice.strategy})
+    if config.strategy.is_replicated:
+        use_fast_layout(model, data["train"], world=world)
+    if config.compile:
+        model.compile()
+    parallel = parallelize(model, config.strategy, world, batch_size=config.batch_size, example=lambda: example()[0])
     steps_per_epoch = config.steps_per_epoch or num_steps(data["train"], config.batch_size)
     trainee = start_training(parallel, rule, config, steps_per_epoch=steps_per_epoch, mode=mode)
 
@@ -166,7 +172,7 @@ def train_epochs(
         checkpoint_s = time.perf_counter() - started
 
     use_plain_layout(model)
-    return progress.fit(state=parallel.gather(best_state))
+    return progress.fit(state=parallel.gather(best_state), choice=choice.record() if choice else {})
 
 
 def _train_epoch(

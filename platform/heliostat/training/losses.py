@@ -31,8 +31,13 @@ class LossRule:
     ) -> None:
         self.batch_loss = batch_loss
         self._train_step = train_step
+        self._precision = precision
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.autocast = torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
+
+    def on(self, device: torch.device) -> "LossRule":
+        """The same rule on another device."""
+        return LossRule(self.batch_loss, precision=self._precision, device=device, train_step=self._train_step)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The mean loss of a batch."""

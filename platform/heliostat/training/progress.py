@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -34,6 +35,8 @@ class Fit:
     epochs: int
     seconds: float
     """Time spent on the epochs of the history, interruptions left out."""
+    choice: Mapping[str, Any] = field(default_factory=dict)
+    """The strategy that `auto` took, why, and the memory that it was weighed by, as JSON values."""
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Progress:
     """Optimizer steps, over all epochs."""
     validations: list[dict[str, float]] = field(default_factory=list)
 
-    def fit(self, *, state: dict[str, Tensor]) -> Fit:
+    def fit(self, *, state: dict[str, Tensor], choice: Mapping[str, Any]) -> Fit:
         """The result of a run that has ended, `state` being its best epoch's."""
         return Fit(
             state=state,
@@ -58,6 +61,7 @@ class Progress:
             validations=self.validations,
             epochs=self.epoch,
             seconds=sum(row["seconds"] for row in self.history),
+            choice=choice,
         )
 
 

@@ -128,7 +128,7 @@ class TrainContext:
                 "task.train_fn reported no checkpoint, so there is no model to keep; "
                 "pass one with the metrics: context.report(metrics, checkpoint=model.state_dict())"
             )
-        return progress.fit(state=self._best_state or {})
+        return progress.fit(state=self._best_state or {}, choice={})
 
     def _beats(self, best: Mapping[str, float] | None) -> bool:
         """Whether the newest row is better than the best of its rivals. Without a figure to compare, it is."""

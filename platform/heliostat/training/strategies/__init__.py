@@ -17,7 +17,7 @@ __all__ = ["Parallel", "parallelize"]
 def parallelize(
     model: nn.Module, strategy: StrategyConfig, world: World, *, batch_size: int, example: Callable[[], Tensor]
 ) -> Parallel:
-    """Apply a strategy; `auto` is `single` for one worker and `ddp` for several.
+    """Apply a strategy other than `auto`, which `choose_strategy` resolves.
 
     `batch_size` is global; `example` gives the inputs of a batch of one sample.
     """
@@ -35,8 +35,11 @@ def parallelize(
 
             sizes = strategy.sizes(world.size)
             return pp(model, strategy.pp, world, sizes, batch_size=batch_size, example=example)
-        case "auto" | "single" | "ddp":
-            from heliostat.training.strategies.replicated import ddp, single
+        case "single":
+            from heliostat.training.strategies.replicated import single
 
-            one = strategy.name == "single" or world.size == 1
-            return single(model, world) if one else ddp(model, world)
+            return single(model, world)
+        case _:
+            from heliostat.training.strategies.replicated import ddp
+
+            return ddp(model, world)

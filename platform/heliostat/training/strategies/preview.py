@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 from heliostat.training.config import TrainConfig
+from heliostat.training.strategies.forecast import on_meta
 from heliostat.training.strategies.fsdp import units
 from heliostat.training.strategies.pp import cut_points, links
 from heliostat.training.strategies.tp import auto_plan, named_layers
@@ -20,11 +20,9 @@ def num_parameters(module: nn.Module) -> int:
 def preview(build_model: Callable[..., Any], config: TrainConfig, *, workers: int) -> str:
     """The layers that `tp` splits, the modules that `pp` begins each stage with, or the units that `fsdp` gathers."""
     strategy = config.strategy
-    try:
-        with torch.device("meta"):
-            model: nn.Module = build_model(**config.model_args)
-    except Exception as error:  # a model function may need real tensors; training will then tell
-        return f"{strategy.name}; the layers are known when it trains ({type(error).__name__}: {error})"
+    model = on_meta(build_model, config)
+    if isinstance(model, str):
+        return f"{strategy.name}; the layers are {model}"
     match strategy.name:
         case "tp":
             size = strategy.sizes(workers)["tp"]
