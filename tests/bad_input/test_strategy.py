@@ -13,7 +13,7 @@ PLACE = "stages[1] (train).config."
         ({"mesh": {"dp": 2, "tp": 2, "pp": 2}}, 8, "strategy: name one of fsdp, tp and pp, not tp, pp"),
         ({"name": "fsdp", "mesh": {"dp": 2}}, 2, "strategy: a mesh has the axes dp and tp, or dp and pp, not dp"),
         ({"name": "ddp", "fsdp": {"wrap": "Block"}}, 2, "strategy: fsdp has options, but the strategy is ddp"),
-        ({"tp": {"plan": {"*": "columnwise"}}}, 2, "'columnwise' is not one of colwise, rowwise, sequence"),
+        ({"tp": {"plan": {"*": "columnwise"}}}, 2, "'columnwise' is not one of colwise, rowwise, heads, sequence"),
         ({"tp": {"plans": "auto"}}, 2, "strategy.tp.plans: unknown field; did you mean 'plan'?"),
         ({"pp": {"schedule": "1b1f"}}, 2, "'1b1f' is not one of gpipe, 1f1b, interleaved"),
         ({"pp": {"microbatches": 3}}, 4, "strategy.pp.microbatches: 3 do not keep 4 workers busy"),
@@ -35,7 +35,7 @@ def test_a_strategy_that_cannot_be_is_refused(refusal, strategy, workers, expect
     [
         (
             {"task/train_fn": "toy:accuracy"},
-            "strategy: 'pp' changes the parameters that the optimizer of task.train_fn has; take 'ddp' or 'auto'",
+            "strategy: 'pp' runs the model in parts, which task.train_fn cannot call; take 'fsdp' or 'tp'",
         ),
         (
             {"task/train_step": "toy:accuracy"},

@@ -32,3 +32,11 @@ def test_two_workers_reach_what_one_reaches_at_the_same_global_batch(finished, a
 def test_the_weights_of_two_workers_are_those_of_one(finished, alone):
     trained = torch.load(finished.path("train") / "weights.pt", weights_only=True)
     torch.testing.assert_close(trained, dict(alone.state), rtol=0, atol=1e-3)
+
+
+def test_the_record_says_what_auto_took_and_by_which_memory(finished):
+    details = finished.record("train")["details"]
+    assert details["strategy"]["taken"] == "ddp"
+    assert details["strategy"]["reason"].startswith("a whole copy takes")
+    assert [row["strategy"] for row in details["memory"]] == ["ddp"]
+    assert details["memory"][0]["activations_mb"] is not None

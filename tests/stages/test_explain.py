@@ -9,7 +9,7 @@ from heliostat.runner import plan
 @pytest.mark.parametrize(
     ("strategy", "expected"),
     [
-        ("tp", "tp: 0 colwise, 2 rowwise"),
+        ("tp", "tp: 0 colwise, 2 rowwise; whole on every worker: 4"),
         ("pp", "pp: from 0 144 parameters, from 2 323 parameters"),
         ({"fsdp": {"wrap": "Linear"}}, "fsdp: 3 units and the rest, over 2 workers"),
     ],
@@ -49,7 +49,7 @@ def test_the_plan_shows_the_memory_that_auto_goes_by_and_what_it_takes(told):
     )
     heading, row = (line.split() for line in explained["memory of a worker"].splitlines() if line)
     assert heading == ["parameters", "gradients", "optimizer", "copies", "activations", "total"]
-    assert row == "ddp 1.87 KB 1.87 KB 3.74 KB 7.47 KB not known 14.9 KB".split()
+    assert row == ["ddp", "1.87", "KB", "1.87", "KB", "3.74", "KB", "7.47", "KB", "not", "known", "14.9", "KB"]
 
 
 def test_told_of_a_sample_the_plan_counts_activations_too(told):

@@ -9,18 +9,21 @@ import os
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
+from heliostat.errors import StageError
 from heliostat.training import devices
 from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.config import TrainConfig
 from heliostat.training.loop import Fit, fit
 from heliostat.training.task import Metric, Objective
+from heliostat.training.user_loop import TrainContext, run_user_loop
 from heliostat.training.world import World
 
 
@@ -64,6 +67,31 @@ class Block(nn.Module):
         return tokens + self.fc2(nn.functional.gelu(self.fc1(self.norm2(tokens))))
 
 
+class SplitAttention(nn.Module):
+    """Attention of four linear layers, as people write it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_heads = 2
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, width) for _ in range(3))
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        batch, length, _ = tokens.shape
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (layer(tokens).view(batch, length, self.num_heads, -1).transpose(1, 2) for layer in layers)
+        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        outputs: Tensor = self.o_proj(found.transpose(1, 2).reshape(batch, length, -1))
+        return outputs
+
+
+def attention() -> nn.Module:
+    """Its own attention, and torch's transformer layer, which has a fast path where it is evaluated."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+    return nn.Sequential(nn.Embedding(11, 8), SplitAttention(8), encoder, First(), nn.Linear(8, 3))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
 
@@ -81,7 +109,7 @@ def transformer() -> nn.Module:
 def data_for(name: str, num_samples: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(num_samples)
     targets = torch.arange(num_samples) % 3
-    if name == "transformer":
+    if name in ("transformer", "attention"):
         return TensorDataset(torch.randint(0, 11, (num_samples, 6), generator=generator), targets)
     shape = (8,) if name == "mlp" else (1, 6, 6)
     inputs = torch.randn(num_samples, *shape, generator=generator) + targets.view(-1, *[1] * len(shape))
@@ -90,7 +118,7 @@ def data_for(name: str, num_samples: int) -> TensorDataset:
 
 SMALL_NODE_BYTES = 30_000
 """Too little for two whole copies of a model in training; enough for the parts of the small ones."""
-MODELS = {"mlp": mlp, "cnn": cnn, "transformer": transformer}
+MODELS = {"mlp": mlp, "cnn": cnn, "transformer": transformer, "attention": attention}
 STRATEGIES: dict[str, Any] = {
     "auto": "auto",
     "single": "single",
@@ -154,6 +182,63 @@ def interrupted(strategy: Any, world: World, kept: Checkpoints) -> None:
         train("transformer", strategy, world, kept, interrupt=5, deterministic=True)
 
 
+def own_loop(context: TrainContext, config: TrainConfig) -> None:
+    """A user's own loop, of 20 steps, with all there is; what it restores it loads once the model is spread."""
+    data = data_for("transformer", 16)
+    model, loader = context.prepare(transformer(), DataLoader(data, batch_size=config.batch_size))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    begun = context.restore()
+    if begun is not None:
+        model.load_state_dict(begun["model"])
+        optimizer.load_state_dict(begun["optimizer"])
+    for epoch in range(begun["epoch"] if begun else 0, config.epochs):
+        losses = []
+        for inputs, targets in loader:
+            loss = nn.functional.cross_entropy(model(inputs), targets)
+            loss.backward()
+            context.clip_gradients(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
+        mean = torch.stack(losses).mean()
+        if context.world_size > 1:
+            dist.all_reduce(mean)
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}
+        context.report({"val_loss": mean.item() / context.world_size}, checkpoint=state)
+
+
+def early_optimizer(context: TrainContext, config: TrainConfig) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, loader = context.prepare(model, DataLoader(data_for("mlp", 8), batch_size=8))
+    for inputs, _ in loader:
+        model(inputs).sum().backward()
+        optimizer.step()
+
+
+def train_own(function: str, strategy: Any, world: World, kept: Checkpoints | None = None, interrupt: int = 0) -> Fit:
+    def on_epoch(epoch: int, row: Any) -> None:
+        if epoch == interrupt:
+            raise KeyboardInterrupt
+
+    sys.modules["strategy_worker"] = sys.modules["__main__"]
+    loss = "torch.nn.functional:cross_entropy"
+    task: Any = SimpleNamespace(train_fn=f"strategy_worker:{function}", train_step=None, loss=loss, metrics=())
+    config = TrainConfig(epochs=10, batch_size=8, strategy=strategy)
+    return run_user_loop(task, config, world=world, seed=0, on_epoch=on_epoch, checkpoints=kept)
+
+
+def own_loops(strategy: Any, world: World, folder: Path) -> dict[str, Any]:
+    """The own loop without a break, and with one after its fifth epoch."""
+    kept = Checkpoints(folder)
+    with suppress(KeyboardInterrupt):
+        train_own("own_loop", strategy, world, kept, interrupt=6)
+    return {
+        "own_loop": result(train_own("own_loop", strategy, world)),
+        "own_loop_resumed": result(train_own("own_loop", strategy, world, kept)),
+    }
+
+
 def main(name: str, rank: int, size: int, folder: Path, end: str = "") -> None:
     torch.set_num_threads(1)
     if name == "auto":
@@ -173,7 +258,9 @@ def main(name: str, rank: int, size: int, folder: Path, end: str = "") -> None:
             torch.save(result(found), folder / f"{name}-{end}-to-{size}.pt")
         dist.destroy_process_group()
         return
-    models = [model for model in MODELS if not (name in ("tp-by-plan", "gpipe") and model != "transformer")]
+    models = ["transformer"] if name in ("tp-by-plan", "gpipe") else ["mlp", "cnn", "transformer"]
+    if name in ("single", "tp", "dp-tp"):
+        models.append("attention")
     if name == "interleaved" or (name == "pp" and size == 4):  # an MLP of three layers has no four stages
         models.remove("mlp")
     results: dict[str, Any] = {model: result(train(model, strategy, world)) for model in models}
@@ -182,6 +269,13 @@ def main(name: str, rank: int, size: int, folder: Path, end: str = "") -> None:
         interrupted(strategy, world, kept)
         results["resumed"] = result(train("transformer", strategy, world, kept, deterministic=True))
         results["uninterrupted"] = result(train("transformer", strategy, world, deterministic=True))
+    if name in ("single", "fsdp", "tp", "dp-tp"):
+        results |= own_loops(strategy, world, folder / f"own-{name}-{size}")
+    if size > 1 and name in ("fsdp", "tp"):
+        try:
+            train_own("early_optimizer", strategy, world)
+        except StageError as error:
+            results["early_optimizer"] = str(error)
     if rank == 0:
         torch.save(results, folder / f"{name}-{size}.pt")
     if size > 1:

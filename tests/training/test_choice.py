@@ -2,17 +2,23 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from heliostat.errors import StageError
+from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.config import TrainConfig
 from heliostat.training.devices import Device, shared
+from heliostat.training.losses import LossRule
 from heliostat.training.memory import Activations, Estimate, Parts
+from heliostat.training.strategies import auto
 from heliostat.training.strategies.auto import weigh
 from heliostat.training.strategies.choice import Choice, choose
+from heliostat.training.world import World
 
 GB = 1_000_000_000
 
@@ -137,3 +143,40 @@ def test_how_far_a_model_can_be_split_is_read_off_its_layers(
     choice = weigh(module, TrainConfig(**options), devices, None, own_step=False)
     assert choice.mesh == mesh
     assert told in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("are_spread", "gigabytes", "mesh"), [(None, 80, "ddp"), (True, 80, "fsdp"), (False, 80, "ddp"), (False, 0, "ddp")]
+)
+def test_a_training_that_goes_on_keeps_to_the_form_of_its_checkpoints(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, are_spread: bool | None, gigabytes: int, mesh: str
+) -> None:
+    monkeypatch.setattr(auto, "from_first_worker", lambda value, world: value)
+    monkeypatch.setattr(auto, "devices_of", lambda world: tuple(gpus(1, world.size, gigabytes)))
+    if are_spread is not None:
+        (tmp_path / f"epoch-00001.{'0' * 32}{'' if are_spread else '.pt'}").touch()
+    rule = LossRule(lambda outputs, batch: outputs.sum(), precision="fp32", device=torch.device("cpu"))
+    found = auto.choose_strategy(
+        layers(4, 4),
+        TrainConfig(batch_size=8),
+        World(0, 2),
+        rule=rule,
+        example=lambda: (torch.ones(1, 4),),
+        own_step=False,
+        checkpoints=Checkpoints(tmp_path),
+    )
+    assert found.mesh == mesh
+
+
+def test_one_worker_cannot_go_on_from_parts(tmp_path: Path) -> None:
+    (tmp_path / f"epoch-00001.{'0' * 32}").mkdir()
+    with pytest.raises(StageError, match="of a model spread over workers; take 2 workers or more"):
+        auto.choose_strategy(
+            layers(4, 4),
+            TrainConfig(),
+            World(),
+            rule=LossRule(lambda outputs, batch: outputs.sum(), precision="fp32", device=torch.device("cpu")),
+            example=lambda: (torch.ones(1, 4),),
+            own_step=False,
+            checkpoints=Checkpoints(tmp_path),
+        )

@@ -14,7 +14,6 @@ from heliostat.errors import SpecError
 from heliostat.training.config import PpConfig
 from heliostat.training.strategies.fsdp import units
 from heliostat.training.strategies.pp import chain_of, cut_points
-from heliostat.training.strategies.tp import auto_plan, named_layers
 
 WORKER = Path(__file__).with_name("strategy_worker.py")
 PAIRS = ["fsdp", "tp", "pp", "gpipe", "interleaved", "tp-by-plan", "fsdp-by-class"]
@@ -62,7 +61,7 @@ def assert_same_curve(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 def assert_parity(trained: Callable[[str, int], dict[str, Any]], name: str, size: int) -> None:
     several, single = trained(name, size), trained("single", 1)
-    for model in {"mlp", "cnn", "transformer"} & set(several):
+    for model in {"mlp", "cnn", "transformer", "attention"} & set(several):
         assert_same_curve(several[model], single[model])
 
 
@@ -75,6 +74,29 @@ def test_auto_splits_a_model_that_is_too_large_for_a_worker_and_trains_the_same_
     assert_parity(trained, "auto", 2)
     taken = {name: found["taken"] for name, found in trained("auto", 2).items()}
     assert taken == {"mlp": "fsdp", "cnn": "pp", "transformer": "pp"}
+
+
+def assert_same_own_loop(trained: Callable[[str, int], dict[str, Any]], name: str, size: int) -> None:
+    several, single = trained(name, size), trained("single", 1)["own_loop"]
+    for loop in ("own_loop", "own_loop_resumed"):
+        for row, expected in zip(several[loop]["history"], single["history"], strict=True):
+            assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-4)
+        torch.testing.assert_close(several[loop]["state"], single["state"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "tp"])
+def test_a_users_own_loop_trains_the_same_curve_and_goes_on_from_its_checkpoint(trained: Any, name: str) -> None:
+    assert_same_own_loop(trained, name, 2)
+
+
+@pytest.mark.parametrize("name", ["fsdp", "tp"])
+def test_an_optimizer_of_the_model_as_it_was_before_is_refused(trained: Any, name: str) -> None:
+    assert "make the optimizer after it" in trained(name, 2)["early_optimizer"]
+
+
+@pytest.mark.slow
+def test_so_does_a_users_own_loop_on_a_mesh(trained: Any) -> None:
+    assert_same_own_loop(trained, "dp-tp", 4)
 
 
 @pytest.mark.slow
@@ -136,27 +158,6 @@ def test_a_chain_is_cut_where_the_parts_have_about_as_many_parameters() -> None:
 def test_batch_norm_is_not_trained_in_microbatches() -> None:
     with pytest.raises(SpecError, match="statistics of microbatches"):
         chain_of(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), torch.ones(1, 2))
-
-
-def test_auto_finds_the_blocks_of_torchs_transformer_and_of_an_mlp() -> None:
-    model = nn.Sequential(
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
-        nn.Linear(8, 6),
-        nn.ReLU(),
-        nn.Linear(6, 3),
-    )
-    assert auto_plan(model, 2) == {
-        **{f"0.layers.{n}.linear{k}": style for n in (0, 1) for k, style in ((1, "colwise"), (2, "rowwise"))},
-        "1": "colwise",
-        "3": "rowwise",
-    }
-    with pytest.raises(SpecError, match="found no two linear layers that 7 workers can split"):
-        auto_plan(model, 7)
-
-
-def test_a_pattern_that_matches_nothing_names_the_nearest_module() -> None:
-    with pytest.raises(SpecError, match="no module 'fc11'; did you mean 'fc1'"):
-        named_layers(nn.ModuleDict({"fc1": nn.Linear(1, 1), "other": nn.Linear(1, 1)}), {"fc11": "colwise"})
 
 
 def test_units_are_the_smallest_modules_of_a_size_or_those_of_a_class() -> None:

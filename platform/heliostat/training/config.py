@@ -138,7 +138,7 @@ class FsdpConfig(Spec):
     wrap: str | Count = 1_000_000
 
 
-TpStyle = Literal["colwise", "rowwise", "sequence"]
+TpStyle = Literal["colwise", "rowwise", "heads", "sequence"]
 
 
 class TpConfig(Spec):
@@ -283,8 +283,11 @@ def why_not_trained(config: TrainConfig, *, workers: int, task: Task) -> Iterato
 def why_not_spread(config: TrainConfig, *, workers: int, own_loop: bool, own_step: bool) -> Iterator[str]:
     """What of the config fsdp, tp or pp cannot do, with the user's own loop or step of it."""
     strategy, name = config.strategy, config.strategy.name
-    if own_loop:
-        yield f"strategy: {name!r} changes the parameters that the optimizer of task.train_fn has; take 'ddp' or 'auto'"
+    if name == "pp" and (own_loop or own_step):
+        own = "task.train_fn" if own_loop else "task.train_step"
+        yield f"strategy: 'pp' runs the model in parts, which {own} cannot call; take 'fsdp' or 'tp'"
+    if own_loop:  # how it computes is its own
+        return
     if config.precision == "fp16":
         yield f"precision: with {name!r} a worker sees the overflow of its own part only; take bf16"
     if config.compile and name != "fsdp":
@@ -293,8 +296,6 @@ def why_not_spread(config: TrainConfig, *, workers: int, own_loop: bool, own_ste
         yield f"optimizer.name: an optimizer by import path may look at whole tensors, and {name!r} gives it parts"
     if name == "pp":
         sizes = strategy.sizes(workers)
-        if own_step:
-            yield "strategy: 'pp' runs the model in parts, which task.train_step cannot call; take 'fsdp' or 'tp'"
         if config.accumulate_steps > 1:
             yield "accumulate_steps: 'pp' computes a batch in microbatches already; set strategy.pp.microbatches"
         microbatches, interleaved = strategy.pp.microbatches, strategy.pp.schedule == "interleaved"

@@ -7,7 +7,7 @@ there is one.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from heliostat.errors import StageError, nearest
 from heliostat.training.batches import split_evenly
 from heliostat.training.checkpoints import Checkpoints, State
 from heliostat.training.config import TrainConfig
+from heliostat.training.own_model import spread_for_own_loop, whole_checkpoint
 from heliostat.training.progress import Fit, OnEpoch, Progress, is_better, read_on_first_worker
 from heliostat.training.seeding import seed_everything
+from heliostat.training.strategies.gradients import clip_gradients
 from heliostat.training.strategies.parallel import copy_on_cpu
-from heliostat.training.strategies.replicated import replicate
 from heliostat.training.task import Objective, build_objective
 from heliostat.training.world import World, any_worker, from_first_worker
 
@@ -46,6 +47,8 @@ class TrainContext:
         self.rank = world.rank
         self.world_size = world.size
         self.device = world.device
+        self.ended = ExitStack()
+        """What is undone when the loop is over."""
         self._world = world
         self._config = config
         self._objective = objective
@@ -57,16 +60,24 @@ class TrainContext:
         self._row_started = time.perf_counter()
 
     def prepare(self, model: nn.Module, loader: DataLoader[Any]) -> tuple[nn.Module, DataLoader[Any]]:
-        """The model, its gradients averaged over the workers, and a loader of this worker's part of each batch.
+        """The model under the config's strategy, and a loader of this worker's part of each batch.
 
-        The loader's batch size is the global one. Raises StageError for a loader that several workers cannot share.
+        The loader's batch size is the global one. Under `fsdp` and `tp` the model has new parameters, so the optimizer
+        is made after this. Raises StageError for a loader that several workers cannot share.
         """
-        return replicate(model, self._world), _share_loader(loader, self._world)
+        model, data, undo = spread_for_own_loop(model, self._config, self._world)
+        self.ended.callback(undo)
+        return model, _share_loader(loader, self._world, data)
+
+    def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+        """`torch.nn.utils.clip_grad_norm_` that also takes a model of which only some layers are split."""
+        clip_gradients(parameters, max_norm, stages=World(device=self.device))
 
     def report(self, metrics: Mapping[str, float], checkpoint: Mapping[str, Any] | None = None) -> None:
         """One epoch's row of metrics (rank 0's counts) and, where it should be kept, a checkpoint.
 
         A checkpoint is the model's state dict, or a mapping of tensors and plain values with the state dict as `model`.
+        What is spread over workers is kept whole, so every worker passes it, and any strategy may take it up.
         Raises StageError for metrics without the configured monitor, and for a checkpoint of anything else.
         """
         values = from_first_worker({name: float(value) for name, value in metrics.items()}, world=self._world)
@@ -78,6 +89,7 @@ class TrainContext:
 
         is_best = False
         if checkpoint is not None:
+            checkpoint = whole_checkpoint(checkpoint)
             _require_plain(checkpoint, place="checkpoint")
             state = _model_state(checkpoint)
             is_best = self._beats(best if self._checkpoint_epochs else None)
@@ -160,7 +172,7 @@ def run_user_loop(
     )
     seed_everything(seed)
     try:
-        with suppress(StopTraining):
+        with suppress(StopTraining), context.ended:
             train_fn(context, config)
     finally:
         if checkpoints is not None:
@@ -169,27 +181,27 @@ def run_user_loop(
 
 
 class _SharedBatches(Sampler[list[int]]):
-    """One worker's part of every batch that rank 0's sampler draws.
+    """One worker's part of every batch that rank 0's sampler draws; `data` are the workers that share a batch.
 
     In an epoch's last batch a worker without a sample repeats one: a user's loop weights its own losses.
     """
 
-    def __init__(self, batch_sampler: Sampler[list[int]] | Iterable[list[int]], world: World) -> None:
+    def __init__(self, batch_sampler: Sampler[list[int]] | Iterable[list[int]], world: World, data: World) -> None:
         self._batch_sampler = batch_sampler
-        self._world = world
+        self._world, self._data = world, data
 
     def __iter__(self) -> Iterator[list[int]]:
         drawn = [list(batch) for batch in self._batch_sampler] if self._world.rank == 0 else None
         for batch in from_first_worker(drawn, world=self._world):
-            counts = split_evenly(len(batch), self._world.size)
-            start = sum(counts[: self._world.rank])
-            yield batch[start : start + counts[self._world.rank]] or batch[-1:]
+            counts = split_evenly(len(batch), self._data.size)
+            start = sum(counts[: self._data.rank])
+            yield batch[start : start + counts[self._data.rank]] or batch[-1:]
 
     def __len__(self) -> int:
         return len(self._batch_sampler)  # type: ignore[arg-type]
 
 
-def _share_loader(loader: DataLoader[Any], world: World) -> DataLoader[Any]:
+def _share_loader(loader: DataLoader[Any], world: World, data: World) -> DataLoader[Any]:
     if world.size == 1:
         return loader
     if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
@@ -198,7 +210,7 @@ def _share_loader(loader: DataLoader[Any], world: World) -> DataLoader[Any]:
         )
     return DataLoader(
         loader.dataset,
-        batch_sampler=_SharedBatches(loader.batch_sampler, world),
+        batch_sampler=_SharedBatches(loader.batch_sampler, world, data),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
