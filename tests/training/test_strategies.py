@@ -76,6 +76,11 @@ def test_auto_splits_a_model_that_is_too_large_for_a_worker_and_trains_the_same_
     assert taken == {"mlp": "fsdp", "cnn": "pp", "transformer": "pp"}
 
 
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp", "tp"])
+def test_a_users_own_step_trains_the_same_curve(trained: Any, name: str) -> None:
+    assert_same_curve(trained(name, 2)["own_step"], trained("single", 1)["own_step"])
+
+
 def assert_same_own_loop(trained: Callable[[str, int], dict[str, Any]], name: str, size: int) -> None:
     several, single = trained(name, size), trained("single", 1)["own_loop"]
     for loop in ("own_loop", "own_loop_resumed"):
