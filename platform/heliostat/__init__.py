@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from heliostat.core.spec import MetricRef, Pipeline, Resources, Stage, Task, Tracking
     from heliostat.runner import load_pipeline, plan, run
     from heliostat.stages import (
+        CompressConfig,
         DistillConfig,
         ExportConfig,
         FactorizeConfig,
@@ -23,6 +24,7 @@ _HOMES = {
     "heliostat.runner": ("load_pipeline", "plan", "run"),
     "heliostat.compression.formats": ("load_model",),
     "heliostat.stages": (
+        "CompressConfig",
         "DistillConfig",
         "ExportConfig",
         "FactorizeConfig",
@@ -36,6 +38,7 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "CompressConfig",
     "DistillConfig",
     "ExportConfig",
     "FactorizeConfig",

@@ -156,3 +156,72 @@ def test_a_format_whose_package_is_not_installed_names_the_extra_before_anything
 def test_an_unknown_format_is_refused_with_the_nearest(toy, refusal):
     export = {"name": "device", "uses": "export", "inputs": {"model": "train"}, "config": {"format": "pt"}}
     assert "config.format" in str(refusal({"stages": [*toy.document["stages"], export]}))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"max_drop": {"val_acc": 0.1}}, "config.max_drop.val_acc: nobody reports 'val_acc'; did you mean"),
+        ({"max_drop": {"test_accuracy": 0.1}}, "'test_accuracy' is of the test split, which nothing may choose by"),
+        (
+            {},
+            "config.max_drop: empty; say how much worse than the uncompressed model a model may be, as {val_",
+        ),
+        ({"max_size_mb": 0.0}, "config.max_size_mb: input should be greater than 0, not 0.0"),
+        ({"max_sizemb": 1.0}, "config.max_sizemb: unknown field; did you mean 'max_size_mb'?"),
+        (
+            {"minimize": ["latency"]},
+            "no model is measured for 'latency'; did you mean 'latency_ms'?",
+        ),
+        ({"trials": 0}, "config.trials: input should be greater than or equal to 1, not 0"),
+        ({"wall_time_s": -1.0}, "config.wall_time_s: input should be greater than 0, not -1.0"),
+        ({"passes": []}, "config.passes: empty; name at least one"),
+        ({"passes": [{}]}, "config.passes[0]: empty; name at least one of prune, factorize, distill, quantize"),
+        ({"passes": [{"prun": {}}]}, "config.passes[0].prun: unknown pass; did you mean 'prune'?"),
+        (
+            {"passes": [{"prune": {"sparsty": 0.5}}]},
+            "config.passes[0].prune.sparsty: unknown field 'sparsty'; did you mean 'sparsity'?",
+        ),
+        (
+            {"passes": [{"prune": {"sparsity": {"choise": [0.5]}}}]},
+            "config.passes[0].prune.sparsity: unknown dimension 'choise'; did you mean 'choice'?",
+        ),
+        (
+            {"passes": [{"prune": {"sparsity": {"uniform": [0.5, 1.5]}}}]},
+            "config.passes[0].prune.sparsity: input should be less than 1, not 1.5",
+        ),
+        (
+            {"passes": [{"quantize": {"method": {"choice": ["static", "dynamc"]}}}]},
+            "config.passes[0].quantize.method: 'dynamc' is not one of static, dynamic, qat, weight_only; did you mean",
+        ),
+        (
+            {"passes": [{"quantize": {"method": {"choice": ["dynamic", "weight_only"]}, "calibration_samples": 64}}]},
+            "config.passes[0].quantize: weight_only takes no 'calibration_samples'",
+        ),
+        (
+            {"passes": [{"prune": {}}, {"quantize": {}}, {"factorize": {}}]},
+            "config.passes[2]: what 'quantize' makes cannot be compressed further; make it the last step",
+        ),
+        (
+            {"passes": [{"distill": {"model_args.widht": 4}}]},
+            "takes no argument 'widht'; did you mean 'width'?",
+        ),
+    ],
+)
+def test_a_search_for_a_chain_that_makes_no_sense_is_refused(refusal, config, expected):
+    stage = {"uses": "compress", "inputs": {"model": "train"}, "config": config}
+    text = str(refusal({f"stages/int8/{field}": value for field, value in stage.items()}))
+    assert text.startswith("stages[4] (int8).config")
+    assert expected in text
+
+
+def test_a_chain_begins_with_a_model_that_can_be_trained(refusal):
+    stage = {"uses": "compress", "inputs": {"model": "int8"}, "config": {}}
+    text = str(refusal({f"stages/best/{field}": value for field, value in stage.items()}))
+    assert "inputs.model: what 'quantize' makes cannot be trained further; name the stage before it" in text
+
+
+def test_a_chain_is_made_by_one_worker(refusal):
+    stage = {"uses": "compress", "inputs": {"model": "train"}, "config": {}, "resources": {"workers_per_trial": 2}}
+    text = str(refusal({f"stages/int8/{field}": value for field, value in stage.items()}))
+    assert "one worker makes and measures a chain; set resources.workers_per_trial to 1" in text

@@ -6,6 +6,7 @@ import heliostat
 from heliostat import TuneConfig
 from heliostat.core.spec import Resources
 from heliostat.core.stage import find_kind
+from heliostat.stages.compress_config import CompressConfig
 from heliostat.stages.tune_config import AshaConfig, MedianConfig, SchedulerConfig
 
 CONTINUOUS = {"optimizer.lr": {"loguniform": [1e-4, 1e-1]}}
@@ -47,6 +48,8 @@ def test_the_work_ahead_is_told_from_the_config_alone():
     assert workload("distill", epochs=5) == {"epochs": 5}
     assert workload("prune", method="magnitude", gradual_epochs=3, finetune_epochs=2) == {"epochs": 5}
     assert workload("factorize", finetune_epochs=2) == {"epochs": 2}
+    assert workload("compress") == {"trials": 24}
+    assert workload("compress", passes=({"quantize": {}},)) == {"trials": 2}
     assert workload("quantize") == {}
     assert workload("quantize", method="qat", finetune_epochs=4) == {"epochs": 4}
 
@@ -68,6 +71,24 @@ def test_a_scheduler_may_be_named_by_one_word():
 
 
 def test_every_config_of_a_built_in_is_a_public_name():
-    for uses in ("tune", "train", "prune", "factorize", "quantize", "distill", "export", "select"):
+    for uses in ("tune", "train", "prune", "factorize", "quantize", "distill", "compress", "export", "select"):
         config = find_kind(uses).config
         assert getattr(heliostat, config.__name__) is config
+
+
+def test_a_chain_is_told_by_what_varies():
+    prune = {"sparsity": {"choice": [0.3, 0.5]}, "finetune_epochs": 2}
+    ways = {"choice": ["static", {"value": "qat", "space": {"finetune_epochs": 3}}]}
+    config = CompressConfig(passes=({"prune": prune, "factorize": {}}, {"quantize": {"method": ways}}))
+    labels = [config.label(point) for point in config.space.grid()]
+    assert labels[0] == "uncompressed"
+    assert labels[1:6] == [
+        "quantize(method=static)",
+        "quantize(method=qat)",
+        "prune(sparsity=0.3)",
+        "prune(sparsity=0.3) -> quantize(method=static)",
+        "prune(sparsity=0.3) -> quantize(method=qat)",
+    ]
+    assert labels[-1] == "factorize -> quantize(method=qat)"
+    (_, aware) = config.steps(config.space.grid()[-1])
+    assert (aware.uses, aware.config.method, aware.config.finetune_epochs) == ("quantize", "qat", 3)

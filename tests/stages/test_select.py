@@ -93,3 +93,19 @@ def test_a_baseline_that_was_not_measured_fails_the_stage(bench, model):
     base = model("train", latency_ms=float("nan"))
     with pytest.raises(StageError, match="the baseline train: latency_ms is nan"):
         bench.run("select", baseline=base, candidates=[model("small")])
+
+
+def test_what_is_too_large_or_too_slow_is_not_chosen_and_the_table_says_so(bench, model):
+    base, small = model("train"), model("small", latency_ms=1.0, size_mb=2.0)
+    large = model("large", latency_ms=0.5, size_mb=2.1)
+    limits = {"max_size_mb": 2.0, "max_latency_ms": 1.0}
+    best = bench.run("select", limits, baseline=base, candidates=[small, large])
+    rows = {row["model"]: row["why"] for row in best.record.details["table"]}
+    assert best.record.details["chosen"] == "small"
+    assert (rows["train"], rows["large"]) == ("size_mb 8 > 2, latency_ms 2 > 1", "size_mb 2.1 > 2")
+
+
+def test_when_nobody_is_within_the_limits_the_closest_is_named(bench, model):
+    base, small = model("train"), model("small", size_mb=2.0)
+    with pytest.raises(StageError, match="none of 2 models is within the limits; the closest is small: size_mb 2 > 1"):
+        bench.run("select", {"max_size_mb": 1.0}, baseline=base, candidates=[small])

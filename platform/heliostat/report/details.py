@@ -38,7 +38,11 @@ def _candidates(rows: Rows, width: int) -> RenderableType:
     return candidates_table(rows, next((name for name in names if name != "loss"), None), width=width)
 
 
-TITLES = {"front": "front: the trials that no other is better than in every objective"}
+TITLES = {
+    "front": "front: the trials that no other is better than in every objective",
+    "chains": "chains: by what their trials measured, those of the table above by what was measured in the end",
+    "steps": "steps: what was done to the chosen model",
+}
 """What is said above the rows of a detail, where its name does not say enough."""
 TABLES: dict[str, Callable[[Rows, int], RenderableType]] = {"table": _candidates}
 """The details whose rows have a table of their own kind."""

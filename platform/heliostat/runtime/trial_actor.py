@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from heliostat.errors import HeliostatError
 from heliostat.runtime.appraisal import Appraisal, Appraiser, OnEpoch
 from heliostat.runtime.gate import gate_of_this_node
 from heliostat.runtime.journal import Row
+from heliostat.runtime.making import Making
 from heliostat.runtime.shared_data import SharedData
 from heliostat.runtime.tasks import own_traceback
 from heliostat.training.config import TrainConfig
@@ -52,6 +53,8 @@ class TrialWork:
     """How often a process that died is started again: the trial's own, or all its workers together."""
     appraisal: Appraisal | None
     """What trials are compared by, where the figures of their epochs are not all."""
+    making: Making | None = None
+    """What trials do instead of training; `train` then says how the model was trained that they start from."""
 
 
 class BadTrialError(HeliostatError):
@@ -144,7 +147,10 @@ class TrialRun:
 
 
 def train_trial(work: TrialWork, trial: str, params: Mapping[str, Any], seed: int, on_epoch: OnEpoch) -> None:
-    """Train once with `params`, from a state in which no earlier trial can be seen."""
+    """Do a trial's work with `params`, from a state in which no earlier trial can be seen."""
+    if work.making is not None:
+        _make_here(work, work.making, params, seed, on_epoch)
+        return
     config = overlay(work.train, params)
     if work.resources.workers_per_trial > 1:
         _train_together(work, trial, config, seed, on_epoch)
@@ -156,16 +162,11 @@ def _train_here(work: TrialWork, config: TrainConfig, seed: int, on_epoch: OnEpo
     import torch
 
     from heliostat.training.folds import cross_validate, cut_folds
-    from heliostat.training.isolation import as_if_first
     from heliostat.training.run import run_training
-    from heliostat.training.seeding import seed_everything
     from heliostat.training.task import build_data
     from heliostat.training.world import World
 
-    passes = work.appraisal.code_references if work.appraisal else ()
-    references = [*work.task.references.values(), *work.train.code_references, *passes]
-    as_if_first(work.root, references, num_threads=max(1, int(work.resources.cpus_per_worker)))
-    seed_everything(seed)
+    _begin(work, work.appraisal.code_references if work.appraisal else (), seed)
     device = torch.device("cuda" if work.resources.gpus_per_worker else "cpu")
     world = World(0, 1, device)
     data = work.data.read(config.data_args) if work.data else None
@@ -189,6 +190,27 @@ def _train_here(work: TrialWork, config: TrainConfig, seed: int, on_epoch: OnEpo
             )
     else:
         run_training(work.task, config, world=world, seed=seed, on_epoch=on_epoch, require_checkpoint=False, data=data)
+
+
+def _make_here(work: TrialWork, making: Making, params: Mapping[str, Any], seed: int, on_epoch: OnEpoch) -> None:
+    from heliostat.training.task import build_data
+
+    _begin(work, making.code_references, seed)
+    data_args = work.train.data_args
+    data = (work.data.read(data_args) if work.data else None) or build_data(work.task, data_args)
+    with gate_of_this_node() as gate, gate.at_work():
+        figures = making.make(params, data=data, gate=gate)
+    on_epoch(1, figures)
+
+
+def _begin(work: TrialWork, references: Sequence[str], seed: int) -> None:
+    """Make this process one that has run no trial yet; `references` are those of user code beside the task's."""
+    from heliostat.training.isolation import as_if_first
+    from heliostat.training.seeding import seed_everything
+
+    everyone = [*work.task.references.values(), *work.train.code_references, *references]
+    as_if_first(work.root, everyone, num_threads=max(1, int(work.resources.cpus_per_worker)))
+    seed_everything(seed)
 
 
 def _train_together(work: TrialWork, trial: str, config: TrainConfig, seed: int, on_epoch: OnEpoch) -> None:

@@ -30,10 +30,11 @@ from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
 from heliostat.errors import ResourceError, StageError
 from heliostat.runtime.appraisal import Appraisal
-from heliostat.runtime.engines import engines
+from heliostat.runtime.engines import Engine, engines
 from heliostat.runtime.failures import commonest
 from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Budget, Cause, Ledger
+from heliostat.runtime.making import Distinct, Making
 from heliostat.runtime.scheduling import Rung, Scheduler, Settings, make_scheduler, rung_table
 from heliostat.runtime.session import cluster_capacity
 from heliostat.runtime.shared_data import DataProvider
@@ -83,6 +84,7 @@ def search(
     appraisal: Appraisal | None = None,
     start_from: Sequence[Mapping[str, Any]] = (),
     earlier: Sequence[TrialRecord] = (),
+    making: Making | None = None,
 ) -> SearchOutcome:
     """The best of the trainings that the budget allows, each of `train` with parameters from `space` laid over it.
 
@@ -90,13 +92,18 @@ def search(
     then makes the suggestions that it would have made uninterrupted. `retries` is how often a trial begins anew after
     its process died; what the user's code raises is that trial's end. `provider` has the data built once for all;
     without one each process builds its own. With `folds` a trial is cross-validated on parts of `train`, and its
-    figures are means; an `appraisal` gives it further ones. The engine learns from the trials `earlier`, of other
-    searches, and the points of `start_from` are tried first. Raises StageError when no trial succeeds within the
-    limits, ResourceError when none can ever fit, KeyboardInterrupt when `cancel` is set; the journal is intact then.
+    figures are means; an `appraisal` gives it further ones. With a `making`, trials do that instead of training, each
+    point once. The engine learns from the trials `earlier`, of other searches, and the points of `start_from` are tried
+    first. Raises StageError when no trial succeeds within the limits, ResourceError when none can ever fit,
+    KeyboardInterrupt when `cancel` is set; the journal is intact then.
     """
     metric, mode = objectives.first.metric, objectives.first.mode
     concurrent = concurrent_trials(resources)
-    engine = engines()[algorithm].make(space, num_objectives=len(objectives.ordered), seed=seed, trials=budget.trials)
+    engine: Engine = engines()[algorithm].make(
+        space, num_objectives=len(objectives.ordered), seed=seed, trials=budget.trials
+    )
+    if making is not None:
+        engine = Distinct(engine, space, seed=seed)
     judge = make_scheduler(scheduler, epochs=train.epochs, mode=mode) if scheduler else None
     compared_at = judge.compared_at if judge else ()
     journal = Journal(folder / "journal.jsonl")
@@ -128,6 +135,7 @@ def search(
                 shared,
                 retries,
                 appraisal,
+                making,
             )
             searcher = _TuneSearcher(ledger, provider, train)
             _run_interruptibly(searcher, work, judge, concurrent=min(concurrent, ledger.left), cancel=cancel)

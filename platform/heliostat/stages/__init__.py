@@ -1,5 +1,6 @@
 """The built-in stages: for each a config model and one function. Importing this registers them, and is cheap."""
 
+from heliostat.stages.compress import CompressConfig
 from heliostat.stages.distill import DistillConfig
 from heliostat.stages.export import ExportConfig
 from heliostat.stages.factorize import FactorizeConfig
@@ -10,6 +11,7 @@ from heliostat.stages.train import TrainConfig
 from heliostat.stages.tune import TuneConfig
 
 __all__ = [
+    "CompressConfig",
     "DistillConfig",
     "ExportConfig",
     "FactorizeConfig",

@@ -44,14 +44,9 @@ def _check(config: FactorizeConfig, view: ConfigView) -> Iterator[str]:
 )
 def factorize(context: StageContext, config: FactorizeConfig) -> StageResult:
     """Factorize the model in the slot `model`, fine-tune it, and keep the ranks as a history that can be replayed."""
-    from heliostat.compression import factorize as low_rank
-    from heliostat.stages.finetuning import mend
-    from heliostat.stages.models import torch_model, train_config_of, workshop_of
+    from heliostat.stages.models import train_config_of, workshop_of
+    from heliostat.stages.passes.factorize import factorize_model
 
     source = context.one("model")
-    energy = config.energy if config.rank is None else None
-    model, steps, kept = low_rank.factorize(torch_model(source), rank=config.rank, energy=energy, skip=config.skip)
-    details = {"factorized": {"ranks": steps[0]["ranks"], "kept": kept}}
-    shop = workshop_of(context, train_config_of(source))
-    thin = mend(shop, model, config, source=source, steps=steps, details=details)
+    thin = factorize_model(workshop_of(context, train_config_of(source)), source, config)
     return replace(thin, params=source.record.params)

@@ -87,7 +87,8 @@ def mend(
     described, rows, metrics, found = describe(source.folder), list(earlier), {}, dict(details)
     if config.finetune_epochs:
         tuning = config.changed(shop.recipe, epochs=config.finetune_epochs, scheduler=config.scheduler)
-        with taught_by([source], config.distillation, task=shop.task, student=model, data=shop.data) as (loss, taught):
+        teachers = [shop.teacher or source]
+        with taught_by(teachers, config.distillation, task=shop.task, student=model, data=shop.data) as (loss, taught):
             tuned = shop.fine_tune(
                 model, tuning, batch_loss=loss, data=taught, after_step=after_step, earlier=len(rows)
             )

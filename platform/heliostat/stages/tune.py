@@ -5,30 +5,19 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from heliostat.core.artifact import write_json
 from heliostat.core.capacity import Need
 from heliostat.core.objective import Bound, Mode, Objective, Objectives
 from heliostat.core.paths import overlay, why_not_a_path
 from heliostat.core.points import numbers_at
-from heliostat.core.space import (
-    Choice,
-    Constant,
-    Dimension,
-    Grid,
-    LogRandInt,
-    LogUniform,
-    Normal,
-    QUniform,
-    RandInt,
-    Space,
-    Uniform,
-)
+from heliostat.core.probes import probes
+from heliostat.core.space import Space
 from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.errors import SpecError, nearest
 from heliostat.stages.checks import check_arguments, check_loop, check_metric, check_searched
 from heliostat.stages.earlier import digest_of, lessons_of
 from heliostat.stages.evaluate_after import appraisal_of, check_appraised, check_passes
+from heliostat.stages.trials_file import write_trials
 from heliostat.stages.tune_config import (
     COSTS,
     TRIALS,
@@ -48,9 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TuneConfig", "tune"]
 
-RARE = 4.0
-"""The train config must take what a normal distribution gives within so many deviations: all but one in 16,000."""
-
 
 def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     space = Space.parse(config.space, "config.space")
@@ -61,7 +47,7 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
         if problem:
             yield f"config.space.{path}: not a field of the train config: {problem}"
     if not any(bad_paths.values()):
-        for point in _probes(space, random.Random(0)):
+        for point in probes(space, random.Random(0)):
             overlay(config.train, point, place="config.space")
         wrong = list(check_searched(space.paths(), view, place="config.space"))
         yield from wrong or check_arguments(config.train, view, place="config.train", more=space.paths())
@@ -158,28 +144,6 @@ def _check_folds(config: TuneConfig, view: ConfigView) -> Iterator[str]:
         yield "config.folds: one worker trains the folds of a trial in turn; set resources.workers_per_trial to 1"
 
 
-def _probes(space: Space, rng: random.Random) -> Iterator[Mapping[str, Any]]:
-    """Points that show whether the train config takes what the space offers: every end, then some at random."""
-    for path, dimension in space.dimensions.items():
-        others = Space({other: d for other, d in space.dimensions.items() if other != path})
-        yield from ({**others.sample(rng), **end} for end in _ends(path, dimension, rng))
-    yield from (space.sample(rng) for _ in range(8))
-
-
-def _ends(path: str, dimension: Dimension, rng: random.Random) -> Iterator[Mapping[str, Any]]:
-    match dimension:
-        case Uniform(low, high) | LogUniform(low, high):
-            yield from ({path: low}, {path: high})
-        case RandInt() | LogRandInt() | QUniform():
-            yield from ({path: dimension.values[0]}, {path: dimension.values[-1]})
-        case Normal(mean, deviation):
-            yield from ({path: mean - RARE * deviation}, {path: mean + RARE * deviation})
-        case Choice(options) | Grid(options):
-            yield from ({path: option.value, **point} for option in options for point in _probes(option.space, rng))
-        case Constant(value):
-            yield {path: value}
-
-
 def _needs(resources: Resources) -> Need:
     return Need(resources.workers_per_trial, resources.per_worker)
 
@@ -249,22 +213,7 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
         outcome = _search(context, config, objectives, earlier, provider)
     algorithm, _, reason = config.method
     states = [trial.status for trial in outcome.trials]
-    write_json(
-        context.folder / "trials.json",
-        [
-            {
-                "id": t.id,
-                "params": t.params,
-                "status": t.status,
-                "metrics": t.metrics,
-                "epochs": t.epochs,
-                "reason": t.reason,
-                "seconds": t.seconds,
-                "verdicts": [{name: what for name, what in vars(v).items() if name != "id"} for v in t.verdicts],
-            }
-            for t in outcome.trials
-        ],
-    )
+    write_trials(context.folder, outcome.trials)
     return StageResult(
         files=["trials.json", "journal.jsonl"],
         metrics=dict(outcome.best.metrics),

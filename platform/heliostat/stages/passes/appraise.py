@@ -5,27 +5,22 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from torch import Tensor
 
-from heliostat.compression.formats import load_model
+from heliostat.compression.formats import Model, load_model
 from heliostat.compression.measure import measure_speed
 from heliostat.compression.size import num_params, size_mb
 from heliostat.core.spec import Task
-from heliostat.core.stage import StageResult
 from heliostat.errors import HeliostatError, StageError
 from heliostat.stages.evaluate_after import PassConfig
 from heliostat.stages.measure import SECONDS_PER_BATCH_SIZE
-from heliostat.stages.passes.prune import prune_model
-from heliostat.stages.passes.quantize import quantize_model
+from heliostat.stages.passes.registry import PASSES
 from heliostat.stages.passes.workshop import Workshop
 from heliostat.training.config import TrainConfig
 from heliostat.training.evaluation import evaluate
 from heliostat.training.seeding import seed_everything
 from heliostat.training.task import Data, build_model, build_objective
-
-PASSES: dict[str, Callable[[Workshop, Any, Any], StageResult]] = {"prune": prune_model, "quantize": quantize_model}
 
 
 @dataclass(frozen=True)
@@ -80,14 +75,22 @@ def appraise(
             made = Made(uses, folder)
             give_way()
 
-        figures: dict[str, float] = {"size_mb": size_mb(made.folder), "num_params": num_params(made.folder)}
+        figures = costs_of(made.folder)
         finished = load_model(made.folder)
         if passes:
             figures |= evaluate(finished, data["val"], build_objective(task), split="val")
-        if timed:
-            rows = shop.samples("val", 1)
-            finished(rows)
-            with alone():
-                speed = measure_speed({"": (finished, rows)}, batches=(1,), min_seconds=SECONDS_PER_BATCH_SIZE)
-            figures["latency_ms"] = speed[""]["latency_ms"]
-        return figures
+        return figures | (latency_of(finished, shop, alone=alone) if timed else {})
+
+
+def costs_of(folder: Path) -> dict[str, float]:
+    """What can be told of a model without running it."""
+    return {"size_mb": size_mb(folder), "num_params": num_params(folder)}
+
+
+def latency_of(model: Model, shop: Workshop, *, alone: Callable[[], AbstractContextManager[None]]) -> dict[str, float]:
+    """`latency_ms` of a loaded model on one thread, measured within `alone`."""
+    rows = shop.samples("val", 1)
+    model(rows)
+    with alone():
+        speed = measure_speed({"": (model, rows)}, batches=(1,), min_seconds=SECONDS_PER_BATCH_SIZE)
+    return {"latency_ms": speed[""]["latency_ms"]}

@@ -112,7 +112,8 @@ def _aware(shop: Workshop, source: Source, config: QuantizeConfig) -> tuple[nn.M
     model = torch_model(source)
     exact = attach(model, per_channel=config.per_channel, reduce_range=config.reduce_range)
     tuning = config.changed(shop.recipe, epochs=config.finetune_epochs, scheduler=config.scheduler)
-    with taught_by([source], config.distillation, task=shop.task, student=model, data=shop.data) as (loss, taught):
+    teachers = [shop.teacher or source]
+    with taught_by(teachers, config.distillation, task=shop.task, student=model, data=shop.data) as (loss, taught):
         tuned = shop.fine_tune(model, tuning, batch_loss=loss, data=taught)
     detach(model)
     return model.eval(), tuned, exact

@@ -53,6 +53,8 @@ class Workshop:
     folder: Path
     on_epoch: Callable[[int, Mapping[str, float]], None]
     """Told of each epoch of fine-tuning, counted from 1 over all trainings of a pass."""
+    teacher: Source | None = None
+    """Whom fine-tuning with `distillation` learns from; the model that goes into the pass, unless given."""
 
     def samples(self, split: str, count: int) -> Tensor:
         """The inputs of the first `count` samples of a split, as one batch."""
