@@ -105,15 +105,21 @@ def _is_idle(node: Mapping[str, Any], free: Mapping[str, Mapping[str, float]]) -
 
 
 def call_in_worker(call: bytes, root: Path, threads: int) -> tuple[str, Any]:
-    """The function's result, or its error as a value: Ray would wrap a raised one in text of its own.
+    """What `attempt` makes of a call, which comes pickled: its function may be in a module of `root`."""
 
-    The call comes pickled, since its function may be in a module that only `root` makes importable.
-    """
+    def function() -> Any:
+        function, args = cloudpickle.loads(call)
+        return function(*args)
+
+    return attempt(function, root=root, threads=threads)
+
+
+def attempt(function: Callable[[], Any], *, root: Path, threads: int) -> tuple[str, Any]:
+    """The function's result, or its error as a value: Ray would wrap a raised one in text of its own."""
     use_root(root)
     use_threads(threads)
     try:
-        function, args = cloudpickle.loads(call)
-        return "returned", function(*args)
+        return "returned", function()
     except HeliostatError as error:
         return "raised", error
     except Exception as error:

@@ -1,6 +1,7 @@
 """What stages that make models share: from an artifact to a torch model and back, fine-tuning, and parity."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 def workshop_of(context: StageContext, recipe: TrainConfig) -> "Workshop":
     """Where a stage makes a model that was, or is to be, trained by `recipe`."""
+    from heliostat.runtime.side_by_side import side_by_side
     from heliostat.stages.passes.workshop import Workshop
     from heliostat.training.task import build_data
 
@@ -30,6 +32,7 @@ def workshop_of(context: StageContext, recipe: TrainConfig) -> "Workshop":
         root=context.root,
         folder=context.folder,
         on_epoch=lambda epoch, row: context.reporter.metrics(row, step=epoch),
+        side_by_side=partial(side_by_side, root=context.root, retries=context.retries),
     )
 
 

@@ -1,7 +1,7 @@
 """What every pass works with: a task, its data, and the ways to train a model on, to save it and to compare it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from heliostat.compression.formats import load_model, load_torch, save_torch
 from heliostat.compression.measure import compare_outputs
 from heliostat.compression.parity import check_parity, values_of_module
 from heliostat.core.imports import own_sources
+from heliostat.core.mapping import Map, in_turn
 from heliostat.core.spec import Task
 from heliostat.training.batches import Batch, epoch_batches
 from heliostat.training.checkpoints import Checkpoints
@@ -55,6 +56,13 @@ class Workshop:
     """Told of each epoch of fine-tuning, counted from 1 over all trainings of a pass."""
     teacher: Source | None = None
     """Whom fine-tuning with `distillation` learns from; the model that goes into the pass, unless given."""
+    side_by_side: Map = in_turn
+    """How a pass carries out what it tries many times over, such as a scan of a model's layers."""
+
+    @property
+    def portable(self) -> "Workshop":
+        """The same for another process, where nobody is told of epochs."""
+        return replace(self, on_epoch=_unheard, side_by_side=in_turn)
 
     def samples(self, split: str, count: int) -> Tensor:
         """The inputs of the first `count` samples of a split, as one batch."""
@@ -161,6 +169,9 @@ class Workshop:
                 loss(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
 
         return backward
+
+
+def _unheard(epoch: int, row: Mapping[str, float]) -> None: ...
 
 
 def first_inputs(data: Data, *, split: str, count: int) -> Tensor:
