@@ -41,10 +41,10 @@ def test_quantization_aware_training_ends_as_int8_that_runs_without_the_training
 def test_layers_stay_in_float_until_validation_is_within_the_limit(bench, trained):
     config = {"max_drop": {"val_accuracy": 0.03}, "calibration_split": "val", "calibration": "percentile"}
     mixed = bench.run("quantize", config, model=trained)
-    sensitivity = mixed.record.details["sensitivity"]
+    mix = mixed.record.details["mixed_precision"]
     before = _accuracy(bench, trained)
-    assert before - _accuracy(bench, mixed) == pytest.approx(sensitivity["drops"]["val_accuracy"], abs=1e-6)
-    assert sensitivity["drops"]["val_accuracy"] <= 0.03
+    assert before - _accuracy(bench, mixed) == pytest.approx(mix["drops"]["val_accuracy"], abs=1e-6)
+    assert mix["drops"]["val_accuracy"] <= 0.03
 
 
 def test_weight_only_keeps_the_weights_in_4_bits(bench, trained):

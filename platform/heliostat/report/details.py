@@ -42,6 +42,7 @@ TITLES = {
     "front": "front: the trials that no other is better than in every objective",
     "chains": "chains: by what their trials measured, those of the table above by what was measured in the end",
     "steps": "steps: what was done to the chosen model",
+    "sensitivity": "sensitivity: what each layer alone costs, the others left as they are",
 }
 """What is said above the rows of a detail, where its name does not say enough."""
 TABLES: dict[str, Callable[[Rows, int], RenderableType]] = {"table": _candidates}

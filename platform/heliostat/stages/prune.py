@@ -2,22 +2,24 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, field_validator, model_validator
 
-from heliostat.core.model import Count, Fraction, NonNegativeInt, Positive, Spec
+from heliostat.core.model import Count, Fraction, NonNegative, NonNegativeInt, Number, Positive, Spec
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
-from heliostat.stages.checks import check_trainable
+from heliostat.stages.checks import check_metric, check_trainable
 from heliostat.stages.finetuning import FineTuning, check_tuning
 
 OPTIONS: dict[str, frozenset[str]] = {
-    "structured": frozenset({"sparsity", "scope", "importance", "head_sparsity", "penalty"}),
-    "magnitude": frozenset({"sparsity", "scope", "gradual_epochs", "penalty"}),
+    "structured": frozenset(
+        {"sparsity", "sensitivity", "scope", "importance", "head_sparsity", "gradual_epochs", "penalty"}
+    ),
+    "magnitude": frozenset({"sparsity", "sensitivity", "scope", "gradual_epochs", "penalty"}),
     "semi_structured": frozenset(),
 }
 """What each method takes beside `skip` and the options of fine-tuning."""
-DECIDED_BY_PENALTY = frozenset({"sparsity", "scope", "importance", "gradual_epochs"})
+DECIDED_BY_PENALTY = frozenset({"sparsity", "sensitivity", "scope", "importance", "gradual_epochs"})
 PENALTY_OF = {"structured": "group_lasso", "magnitude": "l1"}
 
 
@@ -34,6 +36,25 @@ class PenaltyConfig(Spec):
     """Of |w|; for channels, of the root mean square of their weights."""
 
 
+class SensitivityConfig(Spec):
+    """Each layer alone is pruned to some `levels` and measured on `val`, then all of them so far that they cost alike.
+
+    That makes `sparsity` of the whole network, or as much as `max_drop` allows.
+    """
+
+    levels: tuple[Annotated[Number, Field(gt=0, lt=1)], ...] = Field((0.25, 0.5, 0.75, 0.9), min_length=1)
+    """The sparsities that are tried, rising."""
+    max_drop: dict[str, NonNegative] = Field(default_factory=dict)
+    """By how much the metrics of `val` may drop when all is cut, before any fine-tuning."""
+
+    @field_validator("levels")
+    @classmethod
+    def _rising(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
+        if list(levels) != sorted(set(levels)):
+            raise ValueError(f"{list(levels)} do not rise; write {sorted(set(levels))}")
+        return levels
+
+
 class PruneConfig(FineTuning):
     """`structured` removes `sparsity` of every layer's channels, so that the network gets smaller and faster.
 
@@ -43,6 +64,8 @@ class PruneConfig(FineTuning):
 
     method: Literal["structured", "magnitude", "semi_structured"] = "structured"
     sparsity: Fraction = 0.5
+    sensitivity: SensitivityConfig | None = None
+    """How far each layer goes follows from a scan of what that costs, instead of from `scope`."""
     scope: Literal["global", "layer"] | None = None
     """Rank all layers together, or take the fraction from each: by default `layer`, for `magnitude` `global`."""
     importance: Literal["magnitude", "taylor", "bn_scale"] = "magnitude"
@@ -52,7 +75,7 @@ class PruneConfig(FineTuning):
     penalty: PenaltyConfig | None = None
     """Its threshold decides what goes, instead of `sparsity`."""
     gradual_epochs: NonNegativeInt = 0
-    """Epochs in which the sparsity rises from 0 by the cubic law; 0 is one shot."""
+    """Epochs in which the sparsity rises from 0 by the cubic law; 0 is one shot. Channels go before each of them."""
     skip: tuple[str, ...] = ()
     """Patterns of layer names to leave alone, such as `stem.*`."""
 
@@ -67,7 +90,17 @@ class PruneConfig(FineTuning):
         if self.penalty is not None and self.penalty.name != PENALTY_OF[self.method]:
             goes_with = PENALTY_OF[self.method]
             raise ValueError(f"{self.method} goes with the penalty {goes_with!r}, not {self.penalty.name!r}")
+        if self.sensitivity is not None:
+            self._check_sensitivity(self.sensitivity)
         return self
+
+    def _check_sensitivity(self, scan: SensitivityConfig) -> None:
+        if "scope" in self.model_fields_set:
+            raise ValueError("sensitivity says how far each layer goes; leave 'scope' out")
+        if scan.max_drop and "sparsity" in self.model_fields_set:
+            raise ValueError("sensitivity.max_drop decides how much goes; leave 'sparsity' out")
+        if not scan.max_drop and self.sparsity > scan.levels[-1]:
+            raise ValueError(f"sparsity {self.sparsity} is beyond the last of sensitivity.levels, {scan.levels[-1]}")
 
     @property
     def ranked(self) -> Literal["global", "layer"]:
@@ -83,6 +116,8 @@ class PruneConfig(FineTuning):
 def _check(config: PruneConfig, view: ConfigView) -> Iterator[str]:
     yield from check_trainable(view, slot="model")
     yield from check_tuning(config, view)
+    for metric in config.sensitivity.max_drop if config.sensitivity else ():
+        yield from check_metric(metric, view, place=f"config.sensitivity.max_drop.{metric}", splits=("val",))
 
 
 @stage(

@@ -15,6 +15,8 @@ from heliostat.compression.layers import WEIGHTED, skipped
 from heliostat.errors import SpecError, StageError
 
 Scope = Literal["global", "layer"]
+Sparsity = float | Mapping[str, float]
+"""A fraction of all layers, or one for each of those that are named."""
 
 UNSUITED = {
     nn.RNNBase: "recurrent weights act again at every time step, where what a zero loses adds up",
@@ -47,14 +49,14 @@ class Masks:
     @property
     def sparsities(self) -> dict[str, float]:
         """The same for each layer."""
-        return {_layer(name): float(pruned.float().mean()) for name, pruned in self.pruned.items()}
+        return {layer_of(name): float(pruned.float().mean()) for name, pruned in self.pruned.items()}
 
 
-def magnitude(model: nn.Module, *, sparsity: float, scope: Scope = "global", skip: Sequence[str] = ()) -> Masks:
+def magnitude(model: nn.Module, *, sparsity: Sparsity, scope: Scope = "global", skip: Sequence[str] = ()) -> Masks:
     """Set the smallest weights by |w| to zero. The masks are applied to `model` at once.
 
     Args:
-        sparsity: the fraction of the weights to set to zero, in [0, 1).
+        sparsity: the fraction of the weights to set to zero, in [0, 1), or that of each layer by its name.
         scope: rank the weights of all layers together (`global`), or take the fraction from each (`layer`).
         skip: patterns (as of `fnmatch`) of names of layers to leave alone.
 
@@ -62,7 +64,8 @@ def magnitude(model: nn.Module, *, sparsity: float, scope: Scope = "global", ski
         SpecError: sparsity outside [0, 1), a pattern that matches no layer, a layer left without any weight.
         StageError: the model has no weights that can be pruned.
     """
-    check_sparsity(sparsity)
+    for fraction in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
+        check_sparsity(fraction)
     weights, kept = prunable_weights(model, skip)
     return _applied(model, _smallest(weights, sparsity, scope), kept, cause=f"sparsity {sparsity}")
 
@@ -92,7 +95,7 @@ def two_of_four(model: nn.Module, *, skip: Sequence[str] = ()) -> Masks:
     weights, kept = prunable_weights(model, skip)
     fitting = {name: w for name, w in weights.items() if w.shape[1] % 4 == 0}
     kept |= {
-        _layer(name): f"its {w.shape[1]} input channels do not divide by 4"
+        layer_of(name): f"its {w.shape[1]} input channels do not divide by 4"
         for name, w in weights.items()
         if name not in fitting
     }
@@ -112,11 +115,10 @@ def two_of_four(model: nn.Module, *, skip: Sequence[str] = ()) -> Masks:
 class Ramp:
     """Magnitude pruning while training: call it after every optimizer step.
 
-    After step t of T the sparsity is `s * (1 - (1 - t/T)^3)`: fast at first, while there is much to spare (Zhu and
-    Gupta 2017, https://arxiv.org/abs/1710.01878). A training that goes on from a checkpoint says so with `resume`.
+    After step t of T the sparsity is `risen(s, t/T)`. A training that goes on from a checkpoint says so with `resume`.
     """
 
-    sparsity: float
+    sparsity: Sparsity
     num_steps: int
     scope: Scope = "global"
     skip: Sequence[str] = ()
@@ -133,8 +135,18 @@ class Ramp:
         self.step += 1
         every = max(1, self.num_steps // RAMP_CUTS)
         if self.step % every == 0 or self.step == self.num_steps:
-            sparsity = self.sparsity * (1 - (1 - self.step / self.num_steps) ** 3)
+            sparsity = risen(self.sparsity, self.step / self.num_steps)
             self.masks = magnitude(model, sparsity=sparsity, scope=self.scope, skip=self.skip)
+
+
+def risen(sparsity: Sparsity, part: float) -> Sparsity:
+    """`sparsity * (1 - (1 - part)^3)`: fast at first, while there is much to spare (Zhu and Gupta 2017,
+    https://arxiv.org/abs/1710.01878). `part` of the schedule, in [0, 1], is over.
+    """
+    factor = 1 - (1 - part) ** 3
+    if isinstance(sparsity, Mapping):
+        return {layer: fraction * factor for layer, fraction in sparsity.items()}
+    return sparsity * factor
 
 
 def check_sparsity(sparsity: float, *, name: str = "sparsity") -> None:
@@ -163,7 +175,10 @@ def prunable_weights(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, T
     return weights, kept
 
 
-def _smallest(weights: Mapping[str, Tensor], sparsity: float, scope: Scope) -> dict[str, Tensor]:
+def _smallest(weights: Mapping[str, Tensor], sparsity: Sparsity, scope: Scope) -> dict[str, Tensor]:
+    if isinstance(sparsity, Mapping):
+        fractions = {name: sparsity.get(layer_of(name), 0.0) for name in weights}
+        return {name: _lowest(w.abs().flatten(), fractions[name]).view(w.shape) for name, w in weights.items()}
     if scope == "layer":
         return {name: _lowest(w.abs().flatten(), sparsity).view(w.shape) for name, w in weights.items()}
     lowest = _lowest(torch.cat([w.abs().flatten() for w in weights.values()]), sparsity)
@@ -181,13 +196,14 @@ def _lowest(values: Tensor, fraction: float) -> Tensor:
 def _applied(model: nn.Module, pruned: Mapping[str, Tensor], kept: Mapping[str, str], *, cause: str) -> Masks:
     for name, mask in pruned.items():
         if mask.all():
-            raise SpecError(f"{cause} leaves the layer {_layer(name)!r} without any weight")
+            raise SpecError(f"{cause} leaves the layer {layer_of(name)!r} without any weight")
     masks = Masks(pruned, kept)
     masks.apply(model)
     return masks
 
 
-def _layer(parameter: str) -> str:
+def layer_of(parameter: str) -> str:
+    """The name of the layer whose parameter it is."""
     return parameter.rpartition(".")[0]
 
 

@@ -21,7 +21,7 @@ from heliostat.compression.prune.graph import (
     kept_by_structure,
     ready_to_trace,
 )
-from heliostat.compression.prune.masks import Scope, check_sparsity
+from heliostat.compression.prune.masks import Scope, Sparsity, check_sparsity
 from heliostat.compression.quiet import quiet
 from heliostat.errors import SpecError, StageError
 
@@ -39,7 +39,8 @@ def structured(
     model: nn.Module,
     *,
     example: Tensor,
-    sparsity: float | None = None,
+    sparsity: Sparsity | None = None,
+    of: Mapping[str, int] | None = None,
     threshold: float | None = None,
     importance: Importance = "magnitude",
     backward: Backward | None = None,
@@ -55,7 +56,8 @@ def structured(
 
     Args:
         example: a batch that the model takes; its values do not matter.
-        sparsity: the fraction of channels to remove, in [0, 1).
+        sparsity: the fraction of channels to remove, in [0, 1), or for each layer by its name, to the nearest channel.
+        of: `widths` of the model before earlier cuts, which `sparsity` is then of.
         threshold: instead, remove the channels the root mean square of whose weights is below: what a training with a
             group lasso is followed by.
         importance: `magnitude`, the group's L2 norm; `taylor`, the first-order change of the loss when the channel goes
@@ -70,8 +72,8 @@ def structured(
         SpecError: sparsity outside [0, 1), a pattern that matches no layer, a layer that would be left empty.
         StageError: no channel can be removed, or the model does not run any more when it is.
     """
-    if sparsity is not None:
-        check_sparsity(sparsity)
+    for fraction in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity or 0]:
+        check_sparsity(fraction)
     model = copy.deepcopy(model)
     example = example[:1]
     kept = skipped(model, skip)
@@ -89,7 +91,12 @@ def structured(
             found = {name: Channels(graph, group).rms()[0].detach() for name, group in groups.items()}
         scores = {name: score.view(parts[name], -1).mean(0) for name, score in found.items()}
         cause = f"sparsity {sparsity}" if threshold is None else f"threshold {threshold}"
-        removed = _lowest(scores, sparsity=sparsity, threshold=threshold, scope=scope, round_to=round_to, cause=cause)
+        counts = {name: len(score) for name, score in scores.items()}
+        if threshold is None:
+            left = _left(scores, sparsity or 0, scope=scope, of=counts if of is None else of)
+        else:
+            left = {name: int((values >= threshold).sum()) for name, values in scores.items()}
+        removed = _lowest(scores, left, round_to=round_to, cause=cause)
         with quiet():
             for name, channels in removed.items():
                 size = len(scores[name])
@@ -97,7 +104,7 @@ def structured(
                 everywhere = [part * size + channel for part in range(parts[name]) for channel in channels]
                 graph.get_pruning_group(root.target.module, root.handler, everywhere).prune()
         model.zero_grad(set_to_none=True)
-    if not removed and sparsity != 0:
+    if not removed and sparsity != 0 and not (scores and threshold is None):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in kept.items())
         raise StageError(f"structured pruning finds no channel that it may remove at {cause} ({reasons})")
     _check_runs(model, example)
@@ -110,6 +117,22 @@ def structured(
         ],
     }
     return model, [step]
+
+
+def widths(
+    model: nn.Module, *, example: Tensor, importance: Importance = "magnitude", skip: Sequence[str] = ()
+) -> dict[str, int]:
+    """The layers that `structured` may take channels from, and how many they have: of a grouped layer, each group.
+
+    Raises SpecError for a pattern that matches no layer.
+    """
+    kept = skipped(model, skip)
+    with ready_to_trace(model):
+        graph = dependencies(model, example[:1])
+        groups = groups_by_layer(graph, {**kept_by_structure(graph), **kept})
+        # Which layers have an importance depends on batch norm alone; that by the loss would need gradients.
+        ranked = _scores(groups, "bn_scale" if importance == "bn_scale" else "magnitude")
+        return {name: len(score) // channel_groups(graph, groups[name]) for name, score in ranked.items()}
 
 
 def replay(model: nn.Module, step: Mapping[str, Any]) -> None:
@@ -125,33 +148,30 @@ def _scores(groups: Mapping[str, Any], importance: Importance) -> dict[str, Tens
     return {name: values.cpu() for name, values in found.items() if values is not None}
 
 
+def _left(scores: Mapping[str, Tensor], sparsity: Sparsity, *, scope: Scope, of: Mapping[str, int]) -> dict[str, int]:
+    """How many channels of each layer stay; `of` is how many there were."""
+    if isinstance(sparsity, Mapping):
+        return {name: of[name] - round(of[name] * sparsity.get(name, 0.0)) for name in scores}
+    if scope == "layer" or not scores:
+        return {name: int(of[name] * (1 - sparsity)) for name in scores}
+    everything, total = torch.cat(list(scores.values())), sum(of[name] for name in scores)
+    num_removed = len(everything) - int(total * (1 - sparsity))
+    highest = float("-inf") if num_removed < 1 else float(everything.kthvalue(num_removed).values)
+    return {name: int((values > highest).sum()) for name, values in scores.items()}
+
+
 def _lowest(
-    scores: Mapping[str, Tensor],
-    *,
-    sparsity: float | None,
-    threshold: float | None,
-    scope: Scope,
-    round_to: int,
-    cause: str,
+    scores: Mapping[str, Tensor], left: Mapping[str, int], *, round_to: int, cause: str
 ) -> dict[str, list[int]]:
     """The channels to remove from each layer that loses any."""
-    counts = {name: len(values) for name, values in scores.items()}
-    if scores and scope == "global" and threshold is None:
-        everything = torch.cat(list(scores.values()))
-        num_removed = len(everything) - int(len(everything) * (1 - (sparsity or 0)))
-        threshold = float("-inf") if not num_removed else float(everything.kthvalue(num_removed).values)
-        left = {name: int((values > threshold).sum()) for name, values in scores.items()}
-    elif threshold is not None:
-        left = {name: int((values >= threshold).sum()) for name, values in scores.items()}
-    else:
-        left = {name: int(count * (1 - (sparsity or 0))) for name, count in counts.items()}
     removed = {}
     for name, values in scores.items():
-        remaining = left[name] - left[name] % round_to if left[name] < counts[name] else left[name]
+        count = len(values)
+        remaining = left[name] - left[name] % round_to if left[name] < count else count
         if remaining < 1:
-            raise SpecError(f"{cause} leaves the layer {name!r} ({counts[name]} channels) empty")
-        if remaining < counts[name]:
-            removed[name] = sorted(values.argsort()[: counts[name] - remaining].tolist())
+            raise SpecError(f"{cause} leaves the layer {name!r} ({count} channels) empty")
+        if remaining < count:
+            removed[name] = sorted(values.argsort()[: count - remaining].tolist())
     return removed
 
 

@@ -23,12 +23,16 @@ class Mix:
 
 
 def mix_precision(
-    layers: Sequence[str], drops_with: Callable[[Sequence[str]], Drops], *, max_drop: Mapping[str, float]
+    layers: Sequence[str],
+    drops_with: Callable[[Sequence[Sequence[str]]], Sequence[Drops]],
+    *,
+    max_drop: Mapping[str, float],
 ) -> Mix:
     """The fewest layers in float, worst first, that keep every drop within its limit.
 
-    `drops_with(left_in_float)` quantizes the other layers and measures, on validation. It is called once, and if that
-    is not within the limits once for each layer, and then once for each that is left in float.
+    `drops_with([left_in_float, ...])` quantizes the other layers and measures, on validation, for each of these mixes.
+    It is asked for all layers in int8, and if that is not within the limits for each layer alone, in one go; then for
+    one more layer in float each time.
 
     Raises:
         StageError: the limits are not kept even with a single layer in int8.
@@ -37,14 +41,14 @@ def mix_precision(
     def excess(drops: Drops) -> float:
         return max(drops[metric] - limit for metric, limit in max_drop.items())
 
-    everywhere = drops_with([])
+    (everywhere,) = drops_with([[]])
     if excess(everywhere) <= 0:
         return Mix((), everywhere, {})
-    alone = {layer: drops_with([other for other in layers if other != layer]) for layer in layers}
+    alone = dict(zip(layers, drops_with([[other for other in layers if other != layer] for layer in layers])))
     worst_first = sorted(layers, key=lambda layer: excess(alone[layer]), reverse=True)
     for count in range(1, len(layers)):
         left = tuple(worst_first[:count])
-        drops = drops_with(left)
+        (drops,) = drops_with([left])
         if excess(drops) <= 0:
             return Mix(left, drops, alone)
     limits = ", ".join(f"{metric} {limit:g}" for metric, limit in max_drop.items())

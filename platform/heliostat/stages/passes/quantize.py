@@ -1,6 +1,7 @@
 """The pass of `quantize`: through ONNX Runtime by way of an ONNX graph in float, or in torch by torchao."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +20,7 @@ from heliostat.compression.verdict import has_int8_instructions
 from heliostat.core.stage import StageResult
 from heliostat.stages.finetuning import taught_by
 from heliostat.stages.models import describe, torch_model
-from heliostat.stages.passes.workshop import PARITY_SAMPLES, Source, Workshop
+from heliostat.stages.passes.workshop import PARITY_SAMPLES, Source, Workshop, files_in, write_files
 from heliostat.stages.quantize import QuantizeConfig
 from heliostat.training.evaluation import evaluate
 from heliostat.training.loop import Fit
@@ -62,23 +63,30 @@ def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> St
 def _calibrated(shop: Workshop, onnx: Path, config: QuantizeConfig) -> tuple[list[str], dict[str, Any]]:
     """Static int8; the files, and what was found out about the layers where some may stay in float."""
     calibration = _equal_batches(shop.samples(config.calibration_split, config.calibration_samples))
-
-    def run_static(target: Path, left_in_float: Sequence[str]) -> list[str]:
-        return static(
-            onnx,
-            target,
-            calibration=calibration,
-            per_channel=config.per_channel,
-            method=config.calibration,
-            reduce_range=config.reduce_range,
-            skip=[*config.skip, *left_in_float],
-        )
-
     if not config.max_drop:
-        return run_static(shop.folder, ()), {}
-    mix = _mix(shop, onnx, config, run_static)
-    found = {"left_in_float": list(mix.left_in_float), "drops": mix.drops, "alone_in_int8": mix.alone}
-    return run_static(shop.folder, mix.left_in_float), {"sensitivity": found}
+        return _static(onnx, shop.folder, calibration, config), {}
+    mix = _mix(shop, onnx, config, calibration)
+    found: dict[str, Any] = {"mixed_precision": {"left_in_float": list(mix.left_in_float), "drops": mix.drops}}
+    if mix.alone:
+        found["sensitivity"] = [
+            {"layer": layer, **{f"{metric}_drop": drop for metric, drop in drops.items()}}
+            for layer, drops in mix.alone.items()
+        ]
+    return _static(onnx, shop.folder, calibration, config, mix.left_in_float), found
+
+
+def _static(
+    onnx: Path, target: Path, calibration: Sequence[Tensor], config: QuantizeConfig, left_in_float: Sequence[str] = ()
+) -> list[str]:
+    return static(
+        onnx,
+        target,
+        calibration=calibration,
+        per_channel=config.per_channel,
+        method=config.calibration,
+        reduce_range=config.reduce_range,
+        skip=[*config.skip, *left_in_float],
+    )
 
 
 def _equal_batches(rows: Tensor) -> Sequence[Tensor]:
@@ -87,24 +95,42 @@ def _equal_batches(rows: Tensor) -> Sequence[Tensor]:
     return [batch for batch in torch.split(rows, size) if len(batch) == size]
 
 
-def _mix(shop: Workshop, onnx: Path, config: QuantizeConfig, run_static: Any) -> Mix:
+@dataclass(frozen=True)
+class _Given:
+    """What every mix of int8 and float is made of."""
+
+    shop: Workshop
+    files: Mapping[str, bytes]
+    """Of the ONNX artifact in float."""
+    calibration: Sequence[Tensor]
+    config: QuantizeConfig
+
+
+def _mix(shop: Workshop, onnx: Path, config: QuantizeConfig, calibration: Sequence[Tensor]) -> Mix:
     """Which layers have to stay in float for validation to drop by no more than `max_drop`."""
     objective = build_objective(shop.task)
+    before = evaluate(load_model(onnx), shop.data["val"], objective, split="val")
+    given = _Given(shop.portable, files_in(onnx), calibration, config)
 
-    def quality(folder: Path) -> dict[str, float]:
-        return evaluate(load_model(folder), shop.data["val"], objective, split="val")
-
-    before = quality(onnx)
-
-    def drops_with(left_in_float: Sequence[str]) -> Drops:
-        with TemporaryDirectory() as folder:
-            run_static(Path(folder), left_in_float)
-            after = quality(Path(folder))
+    def drops_with(mixes: Sequence[Sequence[str]]) -> list[Drops]:
         signs = {metric: 1 if objective.mode(metric) == "max" else -1 for metric in config.max_drop}
-        return {metric: sign * (before[metric] - after[metric]) for metric, sign in signs.items()}
+        return [
+            {metric: sign * (before[metric] - after[metric]) for metric, sign in signs.items()}
+            for after in shop.side_by_side(_mixed_figures, given, mixes)
+        ]
 
     layers = [name for name in layers_of(onnx) if not any(fnmatchcase(name, pattern) for pattern in config.skip)]
     return mix_precision(layers, drops_with, max_drop=config.max_drop)
+
+
+def _mixed_figures(given: _Given, left_in_float: Sequence[str]) -> dict[str, float]:
+    """The figures of `val` with these layers in float and all others in int8."""
+    with TemporaryDirectory(prefix="heliostat-") as scratch:
+        onnx, mixed = Path(scratch, "float"), Path(scratch, "mixed")
+        write_files(given.files, onnx)
+        _static(onnx, mixed, given.calibration, given.config, left_in_float)
+        objective = build_objective(given.shop.task)
+        return evaluate(load_model(mixed), given.shop.data["val"], objective, split="val")
 
 
 def _aware(shop: Workshop, source: Source, config: QuantizeConfig) -> tuple[nn.Module, Fit, dict[str, str]]:

@@ -61,8 +61,9 @@ class Workshop:
 
     @property
     def portable(self) -> "Workshop":
-        """The same for another process, where nobody is told of epochs."""
-        return replace(self, on_epoch=_unheard, side_by_side=in_turn)
+        """The same for another process, where nobody is told of epochs; the test split stays here."""
+        data = {split: self.data[split] for split in ("train", "val")}
+        return replace(self, data=data, on_epoch=_unheard, side_by_side=in_turn)
 
     def samples(self, split: str, count: int) -> Tensor:
         """The inputs of the first `count` samples of a split, as one batch."""
@@ -169,6 +170,18 @@ class Workshop:
                 loss(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
 
         return backward
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """The files of an artifact, to be written elsewhere by `write_files`: another machine may not see its folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """What `files_in` read, into a folder."""
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
 
 
 def _unheard(epoch: int, row: Mapping[str, float]) -> None: ...

@@ -1,0 +1,79 @@
+"""What `prune` takes away in one go: weights, or channels and heads."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from heliostat.compression.prune.heads import remove_heads
+from heliostat.compression.prune.masks import Masks, Sparsity, below, magnitude, two_of_four
+from heliostat.compression.prune.structured import Backward, structured
+from heliostat.stages.passes.workshop import Workshop
+from heliostat.stages.prune import PruneConfig
+
+IMPORTANCE_SAMPLES = 512
+"""So many training samples give the gradients that `taylor` weighs channels and heads by."""
+
+Steps = list[dict[str, Any]]
+
+
+def cut(
+    shop: Workshop, model: nn.Module, config: PruneConfig, sparsity: Sparsity
+) -> tuple[nn.Module, Steps, Masks | None]:
+    """The model pruned, the steps that rebuild its shapes, and the masks that keep its zeros."""
+    threshold = config.penalty.threshold if config.penalty else None
+    if config.method == "semi_structured":
+        return model, [], two_of_four(model, skip=config.skip)
+    if config.method == "magnitude":
+        if threshold is not None:
+            return model, [], below(model, threshold=threshold, skip=config.skip)
+        return model, [], magnitude(model, sparsity=sparsity, scope=config.ranked, skip=config.skip)
+    steps: Steps = []
+    if sparsity or threshold is not None:
+        model, steps = cut_channels(shop, model, config, None if threshold else sparsity, threshold=threshold)
+    return *cut_heads(shop, model, config, steps), None
+
+
+def cut_channels(
+    shop: Workshop, model: nn.Module, config: PruneConfig, sparsity: Sparsity | None, **more: Any
+) -> tuple[nn.Module, Steps]:
+    """`structured`, as the config says."""
+    return structured(
+        model,
+        example=shop.example,
+        sparsity=sparsity,
+        importance=config.importance,
+        backward=_gradients(shop, config),
+        scope=config.ranked,
+        skip=config.skip,
+        **more,
+    )
+
+
+def cut_heads(shop: Workshop, model: nn.Module, config: PruneConfig, steps: Steps) -> tuple[nn.Module, Steps]:
+    """The model without the heads that the config says go, and the steps up to there."""
+    if not config.head_sparsity:
+        return model, steps
+    backward = _gradients(shop, config)
+    model, fewer = remove_heads(model, sparsity=config.head_sparsity, skip=config.skip, backward=backward)
+    return model, [*steps, *fewer]
+
+
+def _gradients(shop: Workshop, config: PruneConfig) -> Backward | None:
+    return shop.backward_on(IMPORTANCE_SAMPLES) if config.importance == "taylor" else None
+
+
+def described(steps: Sequence[Mapping[str, Any]], masks: Masks | None) -> dict[str, Any]:
+    """For the record: what went of which layer, and why other layers were left alone."""
+    if masks is not None:
+        return {"sparsity": masks.sparsity, "layers": masks.sparsities, "kept": dict(masks.kept)}
+    found: dict[str, Any] = {}
+    for step in steps:
+        if step["op"] == "structured":
+            removed = found.setdefault("channels_removed", {})
+            for name, _, channels in step["groups"]:
+                removed[name] = removed.get(name, 0) + len(channels)
+            found["kept"] = step["kept"]
+        else:
+            found["heads_left"] = {name: len(heads) for name, heads in step["layers"].items()}
+    return found

@@ -1,0 +1,92 @@
+"""Scans of a model's layers: what the stages set by them, and what the record shows."""
+
+import re
+
+import pytest
+import torch
+
+from heliostat.compression.formats import load_model
+from heliostat.compression.size import num_params
+from heliostat.errors import StageError
+from heliostat.stages.measure import measure_quality
+
+LEVELS = (0.25, 0.5, 0.75)
+
+
+@pytest.mark.parametrize("method", ["structured", "magnitude"])
+def test_the_scan_spreads_a_sparsity_over_the_layers_by_what_they_cost_alone(bench, trained, method):
+    config = {"method": method, "sparsity": 0.5, "sensitivity": {"levels": LEVELS}}
+    pruned = bench.run("prune", config, model=trained)
+    details = pruned.record.details
+    layers = ["0", "2"] if method == "structured" else ["0", "2", "4"]
+    assert [(row["layer"], row["sparsity"]) for row in details["sensitivity"]] == [
+        (layer, level) for layer in layers for level in LEVELS
+    ]
+    assert all({"val_loss", "val_accuracy"} <= row.keys() for row in details["sensitivity"])
+    sizes = dict.fromkeys(layers, 16) if method == "structured" else {"0": 128, "2": 256, "4": 48}
+    spread = sum(sizes[layer] * sparsity for layer, sparsity in details["sparsities"].items()) / sum(sizes.values())
+    assert spread == pytest.approx(0.5, abs=0.001)
+    if method == "structured":
+        removed = details["pruned"]["channels_removed"]
+        assert removed == {layer: round(16 * sparsity) for layer, sparsity in details["sparsities"].items()}
+        assert num_params(pruned.folder) < num_params(trained.folder)
+    else:
+        assert details["pruned"]["layers"] == pytest.approx(details["sparsities"], abs=0.02)
+
+
+@pytest.mark.parametrize("method", ["structured", "magnitude"])
+def test_the_scan_prunes_as_far_as_the_limit_allows_and_no_further(bench, trained, method):
+    before = measure_quality(trained.folder, bench.task, trained.record.params)["val_accuracy"]
+    reached = []
+    for limit in (0.02, 0.2):
+        config = {"method": method, "sensitivity": {"max_drop": {"val_accuracy": limit}}}
+        pruned = bench.run("prune", config, model=trained)
+        after = measure_quality(pruned.folder, bench.task, pruned.record.params)["val_accuracy"]
+        assert before - after <= limit + 1e-6
+        reached.append(sum(pruned.record.details["sparsities"].values()))
+    assert 0 < reached[0] < reached[1]
+
+
+def test_a_limit_that_no_cut_keeps_is_refused(bench, trained):
+    config = {"sensitivity": {"levels": [0.9], "max_drop": {"val_loss": 0.0}}, "skip": ["0"]}
+    with pytest.raises(StageError, match=re.escape("within max_drop (val_loss 0) before fine-tuning")):
+        bench.run("prune", config, model=trained)
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+def test_channels_go_step_by_step_and_the_network_is_rebuilt_from_its_history(bench, trained, importance):
+    config = {"sparsity": 0.75, "gradual_epochs": 3, "finetune_epochs": 1, "importance": importance}
+    pruned = bench.run("prune", config, model=trained)
+    assert pruned.record.details["pruned"]["channels_removed"] == {"0": 12, "2": 12}
+    assert len(pruned.record.details["history"]) == 4
+    assert pruned.record.details["parity"]["reload"]["max_abs_diff"] == 0
+    assert torch.load(pruned.folder / "weights.pt", weights_only=True)["2.weight"].shape == (4, 4)
+    assert load_model(pruned.folder)(torch.randn(5, 8)).shape == (5, 3)
+
+
+def test_step_by_step_each_layer_goes_as_far_as_the_scan_says(bench, trained):
+    config = {"sparsity": 0.5, "gradual_epochs": 2, "sensitivity": {}}
+    details = bench.run("prune", config, model=trained).record.details
+    removed = {layer: round(16 * sparsity) for layer, sparsity in details["sparsities"].items()}
+    assert details["pruned"]["channels_removed"] == removed
+
+
+def test_a_run_whose_stages_hold_every_cpu_scans_in_tasks_and_shows_the_tables(toy, heliostat):
+    scans = {
+        "prune": {"sensitivity": {}},
+        "int8": {"max_drop": {"val_loss": 0.001}, "calibration": "percentile", "calibration_split": "val"},
+    }
+    document = toy.document
+    document["stages"] = [
+        {"name": "train", "uses": "train", "config": {"epochs": 1}},
+        *(
+            {"name": name, "uses": "quantize" if name == "int8" else name, "inputs": {"model": "train"}, "config": scan}
+            for name, scan in scans.items()
+        ),
+    ]
+    toy.write(document)
+    done = heliostat("run", toy.file, "--json")
+    assert done.returncode == 0, done.stderr
+    shown = heliostat("show", "prune", "--storage", toy.folder / ".heliostat").stdout
+    assert "sensitivity: what each layer alone costs" in shown
+    assert "val_loss" in shown
