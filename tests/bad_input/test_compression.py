@@ -17,7 +17,17 @@ from heliostat.core import extras
         ({"sparsity": 1.0}, "config.sparsity: input should be less than 1, not 1.0"),
         ({"sparsity": -0.1}, "config.sparsity: input should be greater than or equal to 0, not -0.1"),
         ({"head_sparsity": 1}, "config.head_sparsity: input should be less than 1, not 1"),
-        ({"gradual_epochs": 2}, "config: structured takes no 'gradual_epochs'; it takes head_sparsity, importance,"),
+        (
+            {"method": "semi_structured", "gradual_epochs": 2},
+            "config: semi_structured takes no 'gradual_epochs'; it takes skip",
+        ),
+        ({"sensitivity": {"levels": [0.5, 0.25]}}, "config.sensitivity.levels: [0.5, 0.25] do not rise; write"),
+        ({"sensitivity": {"levels": [0.5, 1.0]}}, "config.sensitivity.levels[1]: input should be less than 1, not 1"),
+        ({"sensitivity": {"levels": []}}, "config.sensitivity.levels: empty; name at least one"),
+        ({"sensitivity": {"max_drop": {"val_acc": 0.1}}}, "sensitivity.max_drop.val_acc: nobody reports 'val_acc'"),
+        ({"sensitivity": {"max_drop": {"val_accuracy": 0.1}}, "sparsity": 0.4}, "leave 'sparsity' out"),
+        ({"sensitivity": {}, "scope": "layer"}, "sensitivity says how far each layer goes; leave 'scope' out"),
+        ({"sensitivity": {}, "sparsity": 0.95}, "sparsity 0.95 is beyond the last of sensitivity.levels, 0.9"),
         ({"method": "magnitude", "importance": "taylor"}, "magnitude takes no 'importance'; it takes gradual_epochs,"),
         ({"method": "semi_structured", "sparsity": 0.4}, "semi_structured takes no 'sparsity'; it takes skip"),
         ({"importance": "tailor"}, "'tailor' is not one of magnitude, taylor, bn_scale; did you mean 'taylor'?"),
@@ -225,3 +235,26 @@ def test_a_chain_is_made_by_one_worker(refusal):
     stage = {"uses": "compress", "inputs": {"model": "train"}, "config": {}, "resources": {"workers_per_trial": 2}}
     text = str(refusal({f"stages/int8/{field}": value for field, value in stage.items()}))
     assert "one worker makes and measures a chain; set resources.workers_per_trial to 1" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, "config.elastic: missing; it is required"),
+        ({"elastic": {}}, "config.elastic: empty; name at least one"),
+        ({"elastic": {"width": [8, 16]}}, "'width' is no argument of the model; write it as 'model_args.width'"),
+        ({"elastic": {"model_args.width": [8]}}, "model_args.width: [8] leaves no choice; name two values or more"),
+        (
+            {"elastic": {"model_args.widht": [8, 16]}},
+            "config.elastic.model_args.widht: 'toy:build_model' takes no argument 'widht'; did you mean 'width'?",
+        ),
+        ({"subnets_per_batch": 1}, "config.subnets_per_batch: input should be greater than or equal to 2, not 1"),
+        ({"max_drop": {"val_acc": 0.1}}, "config.max_drop.val_acc: nobody reports 'val_acc'; did you mean"),
+    ],
+)
+def test_an_architecture_search_without_a_choice_is_refused(refusal, config, expected):
+    elastic = {"elastic": {"model_args.width": [8, 16]}} if config and "elastic" not in config else {}
+    stage = {"name": "best", "uses": "nas", "config": {**elastic, **config}}
+    text = str(refusal({"stages": [stage]}))
+    assert text.startswith("stages[0] (best).config")
+    assert expected in text

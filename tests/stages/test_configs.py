@@ -71,7 +71,7 @@ def test_a_scheduler_may_be_named_by_one_word():
 
 
 def test_every_config_of_a_built_in_is_a_public_name():
-    for uses in ("tune", "train", "prune", "factorize", "quantize", "distill", "compress", "export", "select"):
+    for uses in ("tune", "train", "prune", "factorize", "quantize", "distill", "compress", "export", "nas", "select"):
         config = find_kind(uses).config
         assert getattr(heliostat, config.__name__) is config
 

@@ -9,6 +9,7 @@ from heliostat.compression.formats import load_model
 from heliostat.compression.size import num_params
 from heliostat.errors import StageError
 from heliostat.stages.measure import measure_quality
+from heliostat.training.config import TrainConfig
 
 LEVELS = (0.25, 0.5, 0.75)
 
@@ -47,8 +48,9 @@ def test_the_scan_prunes_as_far_as_the_limit_allows_and_no_further(bench, traine
     assert 0 < reached[0] < reached[1]
 
 
-def test_a_limit_that_no_cut_keeps_is_refused(bench, trained):
-    config = {"sensitivity": {"levels": [0.9], "max_drop": {"val_loss": 0.0}}, "skip": ["0"]}
+def test_a_limit_that_no_cut_keeps_is_refused(bench):
+    trained = bench.train(TrainConfig(epochs=3, model_args={"width": 2}, optimizer={"lr": 0.01}))
+    config = {"sensitivity": {"levels": [0.5], "max_drop": {"val_loss": 0.0}}, "skip": ["0"]}
     with pytest.raises(StageError, match=re.escape("within max_drop (val_loss 0) before fine-tuning")):
         bench.run("prune", config, model=trained)
 

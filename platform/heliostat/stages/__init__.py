@@ -4,6 +4,7 @@ from heliostat.stages.compress import CompressConfig
 from heliostat.stages.distill import DistillConfig
 from heliostat.stages.export import ExportConfig
 from heliostat.stages.factorize import FactorizeConfig
+from heliostat.stages.nas import NasConfig
 from heliostat.stages.prune import PruneConfig
 from heliostat.stages.quantize import QuantizeConfig
 from heliostat.stages.select import SelectConfig
@@ -15,6 +16,7 @@ __all__ = [
     "DistillConfig",
     "ExportConfig",
     "FactorizeConfig",
+    "NasConfig",
     "PruneConfig",
     "QuantizeConfig",
     "SelectConfig",

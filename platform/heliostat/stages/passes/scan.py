@@ -78,10 +78,11 @@ def scan(
         if False not in within:
             break
         step /= AT_ONCE
-    if not low:
+    found = spread(harms, sizes, low)
+    if not any(round(sizes[layer] * sparsity) for layer, sparsity in found.items()):
         limits = ", ".join(f"{metric} {limit:g}" for metric, limit in settings.max_drop.items())
         raise StageError(f"sensitivity: nothing can be pruned within max_drop ({limits}) before fine-tuning")
-    return spread(harms, sizes, low), table
+    return found, table
 
 
 def _sizes(shop: Workshop, model: nn.Module, config: PruneConfig) -> dict[str, int]:
