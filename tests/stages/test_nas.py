@@ -12,6 +12,9 @@ from heliostat.compression.formats import load_model
 from heliostat.errors import SpecError, StageError
 from heliostat.stages.measure import measure_quality
 from heliostat.training.config import TrainConfig
+from heliostat.training.loop import fit
+from heliostat.training.seeding import seed_everything
+from heliostat.training.task import build_data, build_model, build_objective
 
 ELASTIC = """
 import torch
@@ -106,14 +109,14 @@ def test_a_search_that_was_cut_off_ends_as_if_it_had_not_been(elastic, monkeypat
 def test_the_winner_is_no_worse_than_random_subnets_trained_alone_for_the_same_budget(elastic):
     """The budget is passes of the data through a network: four in an epoch of the sandwich, one in any other."""
     winner = elastic.run("nas", {**CONFIG, "finetune_epochs": 8}).record.metrics["val_accuracy"]
-    draws = random.Random(0)
+    data, objective, draws = build_data(elastic.task, {}), build_objective(elastic.task), random.Random(0)
     alone = []
     for _ in range(3):
         arguments = {path[len("model_args.") :]: draws.choice(values) for path, values in CONFIG["elastic"].items()}
-        passes = 4 * CONFIG["epochs"] + 8
-        shutil.rmtree(elastic.store / "train", ignore_errors=True)
-        trained = elastic.train(TrainConfig(epochs=passes, model_args=arguments, optimizer=CONFIG["optimizer"]))
-        alone.append(trained.record.metrics["val_accuracy"])
+        config = TrainConfig(epochs=4 * CONFIG["epochs"] + 8, optimizer=CONFIG["optimizer"])
+        seed_everything(0)
+        fitted = fit(build_model(elastic.task, arguments), data, config, objective=objective, seed=0)
+        alone.append(fitted.metrics["val_accuracy"])
     assert winner >= mean(alone)
 
 
