@@ -98,13 +98,29 @@ def run(trained, root, tmp_path, reporter):
     return run
 
 
+@pytest.fixture
+def stop_after_three(reporter, monkeypatch):
+    """Stops the run once three trials have ended."""
+
+    def watch(context):
+        ended = reporter.trial_ended
+
+        def counting(trial, status, **more):
+            ended(trial, status, **more)
+            if len(reporter.ended) == 3:
+                context.cancel.set()
+
+        monkeypatch.setattr(reporter, "trial_ended", counting)
+
+    return watch
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_the_chain_that_is_found_keeps_to_the_limits_and_beats_plain_quantization(run, trained, reporter):
     found = run(**LIMITS, passes=[SPARSITIES, METHODS], trials=9)
     base, chosen = found.rows["train"]["metrics"], found.rows[found.details["chosen"]]
     assert chosen["metrics"]["size_mb"] <= 0.01
     assert chosen["metrics"]["val_accuracy"] >= base["val_accuracy"] - 0.1
-    assert found.details["chosen"].endswith("quantize(method=static)") or "dynamic" in found.details["chosen"]
     chains = {row["chain"].partition(" ")[2]: row for row in found.details["chains"]}
     assert len(chains) == 9
     assert chains["quantize(method=static)"]["size_mb"] > chosen["metrics"]["size_mb"]
@@ -132,20 +148,9 @@ def test_the_chain_that_is_found_keeps_to_the_limits_and_beats_plain_quantizatio
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_search_that_was_cut_off_makes_only_what_is_missing(run, reporter):
-    def stop_after_three(context):
-        ended = reporter.trial_ended
-
-        def counting(trial, status, **more):
-            ended(trial, status, **more)
-            if len(reporter.ended) == 3:
-                context.cancel.set()
-
-        reporter.trial_ended = counting
-
+def test_a_search_that_was_cut_off_makes_only_what_is_missing(run, reporter, stop_after_three):
     with pytest.raises(KeyboardInterrupt):
         run(**LIMITS, passes=[SPARSITIES, METHODS], trials=9, watch=stop_after_three)
-    del reporter.trial_ended
     before = {path: path.stat().st_mtime_ns for path in run.folder.glob("chains/*/made.json")}
     ended = set(reporter.ended)
     assert before
@@ -173,11 +178,15 @@ def test_chains_that_fail_are_told_with_their_reason_and_the_others_go_on(run):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_it_ends_when_its_time_is_spent(run):
+def test_when_its_time_is_spent_the_best_so_far_is_chosen(run, stop_after_three):
     endless = {"factorize": {"energy": {"uniform": [0.5, 0.9]}}}
-    found = run(max_drop={"val_accuracy": 1.0}, passes=[endless], trials=5000, wall_time_s=6.0)
+    settings = {"max_drop": {"val_accuracy": 1.0}, "passes": [endless], "trials": 5000}
+    with pytest.raises(KeyboardInterrupt):
+        run(**settings, watch=stop_after_three)
+    found = run(**settings, wall_time_s=0.01)
     assert found.details["ended_by"] == "wall time"
-    assert 1 < sum(found.details["trials"].values()) < 5000
+    assert found.details["trials"]["done"] >= 3
+    assert "factorize" in found.details["chosen"]
 
 
 @pytest.mark.usefixtures("ray_session")
