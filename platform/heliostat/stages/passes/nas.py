@@ -181,6 +181,7 @@ def _search(
     name = "grid" if every is not None and every <= config.trials else "optuna_tpe"
     engine = engines()[name].make(space, num_objectives=2, seed=shop.seed, trials=config.trials)
     given, inputs = _Given(shop.portable, weights), shop.samples("val", 1)
+    without_data = replace(given.shop, data={})
     reference_ms: float | None = None
     measured: dict[str, tuple[Point, Row]] = {}
 
@@ -191,7 +192,7 @@ def _search(
         if not new:
             return
         figures = shop.side_by_side(_quality, given, list(new.values()))
-        first_ms, *latencies_ms = alone(_latencies_ms, given.shop, [largest, *new.values()], inputs)
+        first_ms, *latencies_ms = alone(_latencies_ms, without_data, [largest, *new.values()], inputs)
         reference_ms = reference_ms or first_ms
         for (key, point), row, latency_ms in zip(new.items(), figures, latencies_ms):
             measured[key] = point, {**row, "latency_ms": latency_ms * reference_ms / first_ms}
