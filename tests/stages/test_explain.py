@@ -44,8 +44,8 @@ def told(toy, monkeypatch):
 def test_the_plan_shows_the_memory_that_auto_goes_by_and_what_it_takes(told):
     explained = told(10_000_000).explained
     assert explained["strategy"] == (
-        "auto takes ddp on this machine: a whole copy takes 14.9 KB of a device's 5 MB; the activations, which "
-        "auto.sample would tell, are counted when it trains"
+        "auto takes ddp on this machine: a whole copy takes 14.9 KB of a device's 5 MB; the activations, for "
+        "which strategy.auto.sample would do, are counted when it trains"
     )
     heading, row = (line.split() for line in explained["memory of a worker"].splitlines() if line)
     assert heading == ["parameters", "gradients", "optimizer", "copies", "activations", "total"]

@@ -35,7 +35,7 @@ def forecast(
         return {"strategy": "auto; what it takes is known when it trains: this machine has no GPU to go by"}
     found = _activations(model, config, own_step=own_step)
     choice = weigh(model, config, devices, found, own_step=own_step)
-    missing = "" if found else "; the activations, which auto.sample would tell, are counted when it trains"
+    missing = "" if found else "; the activations, for which strategy.auto.sample would do, are counted when it trains"
     return {
         "strategy": f"auto takes {choice.mesh} on this machine: {choice.reason}{missing}",
         "memory of a worker": "\n" + choice.table(),
