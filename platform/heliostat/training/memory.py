@@ -2,7 +2,8 @@
 
 What autograd keeps for `backward` is seen in the forward passes of a few copies of one sample, in the very rule that
 trains (`torch.autograd.graph.saved_tensors_hooks`): a fixed part and one that grows with the batch. What an optimizer
-keeps for each parameter is seen in one step of it on a small one. Both also work on torch's meta device.
+keeps for each parameter is known of torch's own, and of any other seen in one step on a small parameter. All of it also
+works on torch's meta device.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,8 @@ from heliostat.training.config import OptimizerConfig
 from heliostat.training.losses import LossRule
 from heliostat.training.optim import build_optimizer
 
+KEPT = {"sgd": 0, "adam": 2, "adamw": 2, "nadam": 2, "radam": 2, "rmsprop": 1, "adagrad": 1}
+"""How many tensors of a parameter's size torch's optimizers keep for each, besides a momentum."""
 PROBES = (2, 4)
 """The samples of the two forward passes. BatchNorm refuses to train on one."""
 
@@ -132,6 +135,11 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 def optimizer_tensors(config: OptimizerConfig) -> float:
     """How many tensors of a parameter's size the optimizer keeps for each: 2 for Adam, 0 for SGD without momentum."""
+    return tried_optimizer_tensors(config) if config.is_reference else KEPT[config.name] + bool(config.momentum)
+
+
+def tried_optimizer_tensors(config: OptimizerConfig) -> float:
+    """The same, seen in a step. The first optimizer that a process makes takes torch seconds of imports."""
     parameter = nn.Parameter(torch.zeros(64, 64))
     optimizer = build_optimizer([parameter], config)
     parameter.grad = torch.zeros_like(parameter)
