@@ -23,7 +23,7 @@ TOY = """
     from torch import nn
     from torch.utils.data import TensorDataset
 
-    def build_model(width=4, fail=None, once=None, hang=None, builds=None, sleep_s=0.0, same=False):
+    def build_model(width=4, fail=None, once=None, hang=None, builds=None, sleep_s=0.0, step_s=0.0, same=False):
         if builds:
             with open(builds, "a") as file:
                 file.write("built\\n")
@@ -40,7 +40,10 @@ TOY = """
         time.sleep(sleep_s)
         if same:
             torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+        net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+        if step_s:
+            net.register_forward_pre_hook(lambda *_: time.sleep(step_s))
+        return net
 
     def build_data():
         generator = torch.Generator().manual_seed(0)

@@ -113,6 +113,21 @@ def test_a_worker_that_hangs_counts_as_dead(train, tmp_path):
 
 
 @pytest.mark.slow
+def test_one_worker_that_hangs_counts_as_dead_and_is_told_where_it_was(train, tmp_path):
+    hanging = {"hang": str(tmp_path / "hang")}
+    expected = r"no step for 1 s \(resources.hang_timeout_s\); .*:\n.*toy\.py\", line \d+ in build_model"
+    with pytest.raises(StageError, match=expected):
+        train(hang_timeout_s=1, model_args=hanging)
+    (tmp_path / "hang").unlink()
+    assert train(retries=1, hang_timeout_s=1, model_args=hanging).epochs == 2
+
+
+def test_one_worker_that_makes_steps_does_not_hang(train, reporter):
+    fit = train(hang_timeout_s=1, epochs=1, batch_size=1, model_args={"step_s": 0.1})
+    assert fit.history[0]["seconds"] > 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_users_error_is_not_tried_again(train, tmp_path, workers):
     builds = tmp_path / "builds"

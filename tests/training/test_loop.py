@@ -253,6 +253,23 @@ def test_early_stopping_ends_after_so_many_epochs_without_a_better_figure(data: 
     assert (result.epochs, result.epoch, result.metrics["val_scripted"]) == (4, 2, 0.5)
 
 
+def test_a_fit_that_was_told_to_stop_goes_on_when_it_is_taken_up_and_a_stale_one_does_not(
+    data: Data, objective: Objective, new_model: NewModel, tmp_path: Path
+) -> None:
+    def epochs(folder: str, stop_at: int, **options: Any) -> int:
+        checkpoints, config = Checkpoints(tmp_path / folder), TrainConfig(batch_size=8, epochs=4, **options)
+        told_to_stop = lambda epoch, row: epoch == stop_at  # noqa: E731
+        first = fit(
+            new_model(), data, config, objective=objective, seed=1, checkpoints=checkpoints, on_epoch=told_to_stop
+        )
+        again = fit(new_model(), data, config, objective=objective, seed=1, checkpoints=checkpoints)
+        return again.epochs - first.epochs
+
+    assert epochs("told", stop_at=2) == 2
+    frozen = {"optimizer": {"name": "sgd", "lr": 1e-30}, "early_stop_epochs": 1}
+    assert epochs("stale", stop_at=0, **frozen) == 0
+
+
 def test_the_best_epoch_follows_the_direction_of_the_monitor_and_nan_is_never_best(
     data: Data, new_model: NewModel
 ) -> None:

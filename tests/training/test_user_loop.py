@@ -139,10 +139,10 @@ def test_a_finished_loop_returns_its_result_again(tmp_path: Path) -> None:
     assert torch.equal(again.state["weight"], first.state["weight"])
 
 
-def test_a_loop_stopped_early_is_not_taken_up_again(tmp_path: Path) -> None:
+def test_a_loop_that_was_told_to_stop_goes_on_when_it_is_taken_up(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    train("complete", checkpoints=checkpoints, on_epoch=lambda epoch, row: epoch == 2)
-    assert train("complete", checkpoints=checkpoints).epochs == 2
+    assert train("complete", checkpoints=checkpoints, on_epoch=lambda epoch, row: epoch == 2).epochs == 2
+    assert train("complete", checkpoints=checkpoints).history[2:] != []
 
 
 def test_a_trial_needs_no_checkpoint_but_a_model_does() -> None:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from heliostat.core.capacity import ACCELERATOR, OF_THE_NODE
 from heliostat.core.imports import REFERENCE, reference_to
 from heliostat.core.model import Count, Integer, NonNegative, NonNegativeInt, Positive, Spec
-from heliostat.errors import SpecError
+from heliostat.errors import SpecError, nearest
 
 
 def _to_reference(value: Any) -> Any:
@@ -118,6 +118,9 @@ class Resources(Spec):
     """How much of the machine a stage may use. Never part of identity."""
 
     workers: Count = 1
+    """So many train together. `{min: 1, max: 4}` is elastic: as many as the nodes that there are have room for."""
+    max_workers: Count | None = None
+    """The `max` of an elastic training, of which `workers` is then the `min`."""
     workers_per_trial: Count = 1
     cpus_per_worker: Positive = 1.0
     gpus_per_worker: NonNegative = 0.0
@@ -128,10 +131,32 @@ class Resources(Spec):
     placement: Literal["pack", "spread"] = "pack"
     """Workers that train together go to few nodes, or to as many as there are."""
     hang_timeout_s: Count = 1800
-    """How long a worker waits for the others of its training before one of them counts as dead."""
+    """How long a worker waits for the others of its training before one of them counts as dead.
+
+    One that trains alone counts as dead after so long without an optimizer step or an epoch's end.
+    """
     max_concurrent_trials: Count | None = None
     keep_checkpoints: Count = 2
     """So many of the newest checkpoints stay, besides the best epoch known to each."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _range_of_workers(cls, value: Any) -> Any:
+        told = value.get("workers") if isinstance(value, Mapping) else None
+        if not isinstance(told, Mapping):
+            return value
+        for key in told:
+            if key not in ("min", "max"):
+                raise ValueError(f"workers.{key}: unknown field{nearest(str(key), ('min', 'max'))}")
+        if len(told) < 2:
+            raise ValueError(f"workers: {dict(told)} is half of a range; write {{min: 1, max: 4}}")
+        return {**value, "workers": told["min"], "max_workers": told["max"]}
+
+    @model_validator(mode="after")
+    def _range_has_a_right_way_round(self) -> "Resources":
+        if self.max_workers is not None and self.max_workers < self.workers:
+            raise ValueError(f"workers: min {self.workers} is more than max {self.max_workers}")
+        return self
 
     @field_validator("gpus_per_worker")
     @classmethod
@@ -152,6 +177,16 @@ class Resources(Spec):
             if count > 1 and not count.is_integer():
                 raise ValueError(f"{count:g} of {name}: Ray gives a part of one, or whole ones")
         return custom
+
+    @property
+    def most_workers(self) -> int:
+        """How many workers there are at most; as many as at least, where the training is not elastic."""
+        return self.max_workers or self.workers
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers follows the nodes that there are."""
+        return self.most_workers > self.workers
 
     @property
     def per_worker(self) -> dict[str, float]:

@@ -3,13 +3,16 @@
 Ray Train starts the workers and joins them in a process group (NCCL with GPUs, else gloo). It would run the user's bad
 code again as well, so workers are started anew from here, after one died. It carries no data: rows reach the driver
 through the mailbox, since each of Ray's own reports waits for a poll of its controller. Checkpoints lie in the folder,
-which all workers must see. One worker runs in place, as a task. What is made of the trained weights is made by the
+which all workers must see. One worker runs in place, as a task; an elastic training is always Ray Train's, with as many
+workers as there is room for each time that it starts or goes on. What is made of the trained weights is made by the
 first worker, so that the driver needs no torch.
 """
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +23,8 @@ from heliostat.core.imports import use_root
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
 from heliostat.errors import HeliostatError, StageError
+from heliostat.runtime.elastic import count_workers, forget_lost_nodes, live_nodes, watch_for_room
+from heliostat.runtime.hang import ended_if_it_hangs, where_it_hung
 from heliostat.runtime.mailbox import RemoteReporter, relay
 from heliostat.runtime.shared_data import SharedData
 from heliostat.runtime.tasks import own_traceback, run_task, use_threads, why_it_died
@@ -27,6 +32,8 @@ from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from heliostat.training.progress import Fit
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 
@@ -44,6 +51,15 @@ class TrainWork:
     reporter: RemoteReporter
     finish: "Callable[[Fit], Any] | None"
     data: SharedData | None
+
+    @property
+    def hang_note(self) -> Path:
+        return self.folder / "hang.txt"
+
+
+@dataclass(frozen=True)
+class _CanGrow:
+    """What an elastic training comes to that was interrupted after an epoch, since more workers can join."""
 
 
 def train_workers(
@@ -63,14 +79,23 @@ def train_workers(
     """Train with `resources.workers` workers; go on from the newest of `folder/checkpoints` if there are any.
 
     Gives what `finish`, called by the first worker in its own process, makes of the fit; without it, the fit.
-    `retries` is how often the workers are started again after one died. Raises StageError with the user's own traceback
-    when the user's code raises, and KeyboardInterrupt when `cancel` is set.
+    `retries` is how often the workers are started again after one died; for an elastic training, a node that was lost
+    does not count. Raises StageError with the user's own traceback when the user's code raises, and KeyboardInterrupt
+    when `cancel` is set.
     """
     with relay(reporter) as remote:
         work = TrainWork(task, config, resources, seed, root, folder, remote, finish, data)
-        if resources.workers == 1:
-            return run_task(_train_alone, work, root=root, held=resources.per_worker, retries=retries, cancel=cancel)
-        return _train_together(work, retries=retries, cancel=cancel)
+        try:
+            if resources.most_workers == 1:
+                held = resources.per_worker
+                return run_task(_train_alone, work, root=root, held=held, retries=retries, cancel=cancel)
+            return _train_together(work, retries=retries, cancel=cancel)
+        except StageError as error:
+            frames = where_it_hung(work.hang_note)
+            if frames is None:
+                raise
+            too_long = f"no step for {resources.hang_timeout_s} s (resources.hang_timeout_s)"
+            raise StageError(f"the worker hangs: {too_long}; it was here, innermost first:\n{frames}") from error
 
 
 def _train_alone(work: TrainWork) -> Any:
@@ -89,25 +114,44 @@ def _run(work: TrainWork, *, rank: int, size: int) -> Any:
     fresh_process_state(num_threads=max(1, int(work.resources.cpus_per_worker)))
     seed_everything(work.seed)
 
+    data = work.data.read(work.config.data_args) if work.data else None
+    checkpoints = Checkpoints(work.folder / "checkpoints", keep=work.resources.keep_checkpoints)
+    has_room = watch_for_room(work.resources, workers=size)
+    grows = False
+
     def on_epoch(epoch: int, metrics: Mapping[str, float]) -> bool:
+        nonlocal grows
+        alive()
         if rank != 0:
             return False
-        work.reporter.metrics(metrics, step=epoch)
-        return work.reporter.is_asked_to_stop()
+        elastic = {"workers": float(size)} if work.resources.is_elastic else {}
+        work.reporter.metrics({**metrics, **elastic}, step=epoch)
+        grows = bool(elastic) and has_room() and epoch < work.config.epochs and not checkpoints.is_empty()
+        return grows or work.reporter.is_asked_to_stop()
 
-    data = work.data.read(work.config.data_args) if work.data else None
-    fitted = run_training(
-        work.task,
-        work.config,
-        world=World(rank, size, torch.device(_device(work.resources))),
-        seed=work.seed,
-        on_epoch=on_epoch,
-        checkpoints=Checkpoints(work.folder / "checkpoints", keep=work.resources.keep_checkpoints),
-        data=data,
-    )
+    work.hang_note.unlink(missing_ok=True)
+    with _watch(work, size=size) as alive:
+        fitted = run_training(
+            work.task,
+            work.config,
+            world=World(rank, size, torch.device(_device(work.resources))),
+            seed=work.seed,
+            on_epoch=on_epoch,
+            checkpoints=checkpoints,
+            data=data,
+        )
     if rank != 0:
         return None
+    if grows:
+        return _CanGrow()
     return work.finish(fitted) if work.finish else fitted
+
+
+def _watch(work: TrainWork, *, size: int) -> AbstractContextManager[Callable[[], None]]:
+    """Several workers miss one that hangs; one alone is watched, and calls what it is given to show that it lives."""
+    if size > 1:
+        return nullcontext(lambda: None)
+    return ended_if_it_hangs(work.resources.hang_timeout_s, note=work.hang_note)
 
 
 def _device(resources: Resources) -> str:
@@ -139,20 +183,40 @@ class _WorkersDiedError(StageError):
     """A process of the training was lost."""
 
 
+class _NoRoomError(StageError):
+    """What the workers of an elastic training were counted for was taken, or lost, before they had it."""
+
+
 def _fit(work: TrainWork, retries: int) -> Any:
-    for _ in range(retries):
+    resources, is_cancelled = work.resources, work.reporter.is_asked_to_stop
+    while True:
+        nodes = live_nodes().keys()
+        num_workers = count_workers(resources, is_cancelled=is_cancelled) if resources.is_elastic else resources.workers
         try:
-            return _fit_once(work)
-        except _WorkersDiedError:
-            if work.reporter.is_asked_to_stop():
+            outcome = _fit_once(work, num_workers)
+        except _NoRoomError as error:
+            log.warning("%s", error)
+            forget_lost_nodes()
+        except _WorkersDiedError as error:
+            if is_cancelled():
                 raise
-    return _fit_once(work)
+            if resources.is_elastic:
+                forget_lost_nodes()
+            if not (resources.is_elastic and nodes - live_nodes().keys()):
+                if retries == 0:
+                    raise
+                retries -= 1
+            log.warning("%s; training goes on from its last checkpoint", error)
+        else:
+            if not isinstance(outcome, _CanGrow):
+                return outcome
 
 
-def _fit_once(work: TrainWork) -> Any:
-    from ray.train import ControllerError, RunConfig, ScalingConfig, WorkerGroupError
+def _fit_once(work: TrainWork, num_workers: int) -> Any:
+    from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         """Without the process that outlives a crashed driver to free its workers: ours end with the driver."""
@@ -166,7 +230,7 @@ def _fit_once(work: TrainWork) -> Any:
         _worker,
         train_loop_config={"work": work},
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=num_workers,
             use_gpu=bool(resources.gpus_per_worker),
             resources_per_worker=resources.per_worker,
             placement_strategy=resources.placement.upper(),
@@ -174,13 +238,19 @@ def _fit_once(work: TrainWork) -> Any:
         torch_config=TorchConfig(
             backend="nccl" if resources.gpus_per_worker >= 1 else "gloo", timeout_s=resources.hang_timeout_s
         ),
-        run_config=RunConfig(name="train", storage_path=str(work.folder / ".ray")),
+        run_config=RunConfig(
+            name="train",
+            storage_path=str(work.folder / ".ray"),
+            failure_config=FailureConfig(controller_failure_limit=0 if resources.is_elastic else -1),
+        ),
     )
     try:
         return trainer.fit().return_value
     except WorkerGroupError as error:
         raise _the_cause(error.worker_failures) from None
     except ControllerError as error:
+        if resources.is_elastic and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+            raise _NoRoomError(f"no room for {num_workers} workers any more") from None
         raise StageError(str(error.controller_failure)) from error
     except RayError as error:
         raise _WorkersDiedError(f"Ray Train's controller: {why_it_died(error)}") from error

@@ -220,7 +220,7 @@ def _train_together(work: TrialWork, trial: str, config: TrainConfig, seed: int,
     bridge = _Bridge(on_epoch)
     folder = work.folder / "trials" / trial
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted search left: its rows must all come again
-    resources = work.resources.model_copy(update={"workers": work.resources.workers_per_trial})
+    resources = work.resources.model_copy(update={"workers": work.resources.workers_per_trial, "max_workers": None})
     try:
         train_workers(
             work.task,

@@ -15,6 +15,9 @@ from heliostat.training.config import TrainConfig as TrainConfig
 if TYPE_CHECKING:
     from heliostat.training.progress import Fit
 
+ELASTIC = ("auto", "ddp", "fsdp")
+"""The strategies by which another number of workers trains the same model in the same way."""
+
 
 def _check(config: TrainConfig, view: ConfigView) -> Iterator[str]:
     searched = [path for _, upstream in view.inputs.get("params", ()) for path in getattr(upstream, "searched", ())]
@@ -22,6 +25,9 @@ def _check(config: TrainConfig, view: ConfigView) -> Iterator[str]:
     yield from check_arguments(config, view, place="config", more=searched, partial=partial)
     yield from check_monitor(config, view, place="config")
     yield from check_loop(config, view, place="config", workers=view.resources.workers)
+    if view.resources.is_elastic and config.strategy.name not in ELASTIC:
+        name, known = config.strategy.name, ", ".join(ELASTIC)
+        yield f"resources.workers: {name!r} trains with one number of workers only; give one, or a strategy of {known}"
 
 
 def _needs(resources: Resources) -> Need:

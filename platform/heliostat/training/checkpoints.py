@@ -113,6 +113,10 @@ class Checkpoints:
         self.flush()
         return next((_load(file) for file in _intact(file for file in self._files() if file.is_best)), None)
 
+    def is_empty(self) -> bool:
+        """Whether nothing has been written yet, or not to its end."""
+        return not self._files()
+
     def newest_folders(self) -> tuple[Path, Path] | None:
         """The newest intact folder to go on from, and that of its best epoch."""
         for newest in _intact(self._files()):

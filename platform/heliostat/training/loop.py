@@ -126,6 +126,7 @@ def train_epochs(
     trainee = start_training(parallel, rule, config, steps_per_epoch=steps_per_epoch, mode=mode)
 
     progress, best_state = take_up(trainee, checkpoints, world=world)
+    is_over = config.gives_up(progress.epoch, best_epoch=progress.best_epoch)
     checkpoint_s = 0.0
 
     def validate() -> dict[str, float]:
@@ -134,7 +135,7 @@ def train_epochs(
         with trainee.averaged():
             return evaluate(parallel.outputs, data["val"], objective, split="val", world=parallel.data)
 
-    while progress.epoch < config.epochs and not progress.stopped:
+    while progress.epoch < config.epochs and not is_over:
         epoch, phases, started = progress.epoch + 1, Phases(), time.perf_counter()
         seed_everything(derive_seed(seed, epoch, parallel.data.rank))
 
@@ -164,7 +165,7 @@ def train_epochs(
                 on_best(epoch, parallel.gather(best_state))
         asked_to_stop = (yield epoch, row) is True
         is_stale = config.gives_up(epoch, best_epoch=progress.best_epoch)
-        progress.stopped = any_worker(asked_to_stop or is_stale, world=world)
+        is_over = any_worker(asked_to_stop or is_stale, world=world)
 
         started = time.perf_counter()
         if checkpoints is not None:

@@ -46,7 +46,6 @@ class Progress:
     epoch: int = 0
     best_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
-    stopped: bool = False
     steps: int = 0
     """Optimizer steps, over all epochs."""
     validations: list[dict[str, float]] = field(default_factory=list)

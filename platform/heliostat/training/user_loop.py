@@ -102,7 +102,7 @@ class TrainContext:
             progress.best_epoch = progress.epoch
 
         asked_to_stop = self._on_epoch is not None and self._on_epoch(progress.epoch, row) is True
-        progress.stopped = any_worker(asked_to_stop, world=self._world)
+        is_over = any_worker(asked_to_stop, world=self._world)
         if checkpoint is not None and self._checkpoints is not None and self.rank == 0:
             saved = {
                 "checkpoint": dict(checkpoint),
@@ -110,7 +110,7 @@ class TrainContext:
                 "progress": vars(progress),
             }
             self._checkpoints.save(saved, epoch=progress.epoch, is_best=is_best)
-        if progress.stopped:
+        if is_over:
             raise StopTraining
         self._row_started = time.perf_counter()
 
@@ -123,8 +123,6 @@ class TrainContext:
         self._progress = Progress(**saved["progress"])
         self._checkpoint_epochs = saved["checkpoint_epochs"]
         self._best_state = dict(_model_state(saved_best["checkpoint"]))
-        if self._progress.stopped:
-            raise StopTraining
         checkpoint: State = saved["checkpoint"]
         return checkpoint
 
