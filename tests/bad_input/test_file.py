@@ -187,6 +187,22 @@ def test_an_unknown_key_is_refused_at_every_level(refusal, changes, expected):
             {"stages/train/resources": {"workers": 0}},
             "stages[1] (train).resources.workers: input should be greater than or equal to 1, not 0",
         ),
+        (
+            {"stages/train/resources": {"workers": {"min": 4, "max": 1}}},
+            "stages[1] (train).resources: workers: min 4 is more than max 1",
+        ),
+        (
+            {"stages/train/resources": {"workers": {"min": 1, "maxx": 4}}},
+            "stages[1] (train).resources: workers.maxx: unknown field; did you mean 'max'?",
+        ),
+        (
+            {"stages/train/resources": {"workers": {"min": 1}}},
+            "stages[1] (train).resources: workers: {'min': 1} is half of a range; write {min: 1, max: 4}",
+        ),
+        (
+            {"stages/train/resources": {"workers": {"min": 2, "max": 4}}, "stages/train/config": {"strategy": "tp"}},
+            "stages[1] (train).resources.workers: 'tp' trains with one number of workers only; give one, or a strategy",
+        ),
         ({"stages/train/retries": -1}, "stages[1] (train).retries: input should be greater than or equal to 0"),
         ({"storage": "ftp://host/runs"}, "storage: 'ftp://host/runs' is neither a folder nor s3://BUCKET/PREFIX"),
     ],

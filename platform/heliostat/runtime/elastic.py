@@ -2,8 +2,8 @@
 
 Ray Train has an elastic policy of its own. It sees the nodes as its autoscaling coordinator last did, up to 20 s ago,
 so when a node was lost it starts the old number of workers and waits a minute for them; and to grow, it stops the
-workers wherever they are. Here a training that lost workers waits until Ray knows which nodes are left, and one that can
-grow ends after an epoch, with its checkpoint, and goes on with more workers from there.
+workers wherever they are. Here a training that lost workers waits until Ray knows which nodes are left, and one that
+can grow ends after an epoch, with its checkpoint, and goes on with more workers from there.
 """
 
 import socket
