@@ -72,7 +72,7 @@ class Training:
         return int(self.checkpoints()[0].name[6:11]) if self.checkpoints() else 0
 
     def waits_for(self, condition, what: str) -> None:
-        self._eventually(condition, what, timeout_s=100, unless=lambda: self._process.poll() is not None)
+        self._eventually(condition, what, unless=lambda: self._process.poll() is not None)
 
     def goes_on(self) -> None:
         until = self.epoch() + 2
@@ -81,7 +81,7 @@ class Training:
     def finish(self) -> str:
         """Let it end soon; what it printed."""
         (self._toy.folder / "hurry").touch()
-        printed, said = self._process.communicate(timeout=100)
+        printed, said = self._process.communicate(timeout=240)
         assert self._process.returncode == 0, said
         return printed
 

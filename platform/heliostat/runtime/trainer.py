@@ -206,7 +206,7 @@ def _fit(work: TrainWork, retries: int) -> Any:
                 if retries == 0:
                     raise
                 retries -= 1
-            log.warning("%s; training goes on from its last checkpoint", error)
+            log.warning("%s; training goes on from its last checkpoint", str(error).partition("\n")[0])
         else:
             if not isinstance(outcome, _CanGrow):
                 return outcome
@@ -216,7 +216,7 @@ def _fit_once(work: TrainWork, num_workers: int) -> Any:
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         """Without the process that outlives a crashed driver to free its workers: ours end with the driver."""
@@ -249,9 +249,12 @@ def _fit_once(work: TrainWork, num_workers: int) -> Any:
     except WorkerGroupError as error:
         raise _the_cause(error.worker_failures) from None
     except ControllerError as error:
-        if resources.is_elastic and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+        failure = error.controller_failure
+        if resources.is_elastic and isinstance(failure, WorkerGroupStartupTimeoutError):
             raise _NoRoomError(f"no room for {num_workers} workers any more") from None
-        raise StageError(str(error.controller_failure)) from error
+        if resources.is_elastic and isinstance(failure, WorkerGroupStartupFailedError):
+            raise _WorkersDiedError(f"{num_workers} workers did not start: {failure}") from None
+        raise StageError(str(failure)) from error
     except RayError as error:
         raise _WorkersDiedError(f"Ray Train's controller: {why_it_died(error)}") from error
 

@@ -15,7 +15,7 @@ from heliostat.training.config import TrainConfig as TrainConfig
 if TYPE_CHECKING:
     from heliostat.training.progress import Fit
 
-ELASTIC = ("auto", "ddp", "fsdp")
+ELASTIC = ("ddp", "fsdp")
 """The strategies by which another number of workers trains the same model in the same way."""
 
 
@@ -26,8 +26,8 @@ def _check(config: TrainConfig, view: ConfigView) -> Iterator[str]:
     yield from check_monitor(config, view, place="config")
     yield from check_loop(config, view, place="config", workers=view.resources.workers)
     if view.resources.is_elastic and config.strategy.name not in ELASTIC:
-        name, known = config.strategy.name, ", ".join(ELASTIC)
-        yield f"resources.workers: {name!r} trains with one number of workers only; give one, or a strategy of {known}"
+        name, known = config.strategy.name, " or ".join(ELASTIC)
+        yield f"resources.workers: {name!r} may train otherwise with another number of them; give one, or take {known}"
 
 
 def _needs(resources: Resources) -> Need:
@@ -35,6 +35,12 @@ def _needs(resources: Resources) -> Need:
 
 
 def _explain(config: TrainConfig, view: ConfigView) -> Mapping[str, str]:
+    least, most = view.resources.workers, view.resources.most_workers
+    elastic = {"workers": f"{least} to {most}, as the nodes have room"} if most > least else {}
+    return {**elastic, **_explain_strategy(config, view)}
+
+
+def _explain_strategy(config: TrainConfig, view: ConfigView) -> Mapping[str, str]:
     strategy, resources = config.strategy, view.resources
     if strategy.name in ("single", "ddp") or resources.workers == 1:
         return {}
