@@ -54,7 +54,7 @@ class TrainWork:
 
     @property
     def hang_note(self) -> Path:
-        return self.folder / "hang.txt"
+        return self.folder / ".hang.txt"
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def _explain_strategy(config: TrainConfig, view: ConfigView) -> Mapping[str, str
     measured="later",
     place="driver",
     needs=_needs,
-    preload=lambda resources: ["ray.train.torch"] if resources.workers > 1 else (),
+    preload=lambda resources: ["ray.train.torch"] if resources.most_workers > 1 else (),
     workload=lambda config: {"epochs": config.epochs},
     check=_check,
     explain=_explain,
