@@ -201,7 +201,7 @@ def test_an_unknown_key_is_refused_at_every_level(refusal, changes, expected):
         ),
         (
             {"stages/train/resources": {"workers": {"min": 2, "max": 4}}, "stages/train/config": {"strategy": "tp"}},
-            "stages[1] (train).resources.workers: 'tp' may train otherwise with another number of them; give one, or take ddp",
+            "stages[1] (train).resources.workers: 'tp' may train otherwise with another number of them",
         ),
         ({"stages/train/retries": -1}, "stages[1] (train).retries: input should be greater than or equal to 0"),
         ({"storage": "ftp://host/runs"}, "storage: 'ftp://host/runs' is neither a folder nor s3://BUCKET/PREFIX"),

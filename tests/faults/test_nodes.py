@@ -92,7 +92,9 @@ class Training:
         toy.module.write_text(toy.module.read_text() + WATCHED.format(folder=str(toy.folder)))
         document = toy.document
         fields["resources"]["custom_resources"] = {"seat": 1}
-        document["stages"] = [{"name": "train", "uses": "train", "config": {"epochs": EPOCHS, "strategy": "ddp"}, **fields}]
+        document["stages"] = [
+            {"name": "train", "uses": "train", "config": {"epochs": EPOCHS, "strategy": "ddp"}, **fields}
+        ]
         toy.write(document)
         self._folder, self._eventually = toy.folder, eventually
         self._process = subprocess.Popen(
