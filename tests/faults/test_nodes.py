@@ -182,18 +182,3 @@ def test_an_elastic_training_shrinks_when_a_node_leaves_and_grows_when_one_comes
     sizes = [size for _, size in workers]
     assert [size for n, size in enumerate(sizes) if n == 0 or size != sizes[n - 1]] == [2, 1, 2]
     assert len(history(printed)) == EPOCHS
-
-
-@pytest.mark.slow
-def test_a_training_whose_node_was_killed_goes_on_from_its_last_checkpoint(train, nodes, tracked):
-    training = train(resources={"workers": 2}, retries=1)
-    nodes.add()
-    training.waits_for(lambda: training.epoch() >= 2, "two epochs")
-    lost = training.builds()[0][1]
-    nodes.kill(lost)
-    training.waits_for(lambda: len(training.builds()) == 4, "two workers go on")
-    assert lost not in [node for _, node in training.builds()[2:]]
-    training.goes_on()
-    printed = training.finish()
-    assert [step for step, _ in tracked(printed, "train", "val_loss")] == list(range(1, EPOCHS + 1))
-    assert len(history(printed)) == EPOCHS

@@ -1,4 +1,4 @@
-"""`kill -9` of the workers of a training that several run together, and a damaged part of what they left."""
+"""`kill -9` of the workers of a training that several run together."""
 
 import json
 import os
@@ -41,15 +41,11 @@ class Training:
         toy.module.write_text(toy.module.read_text() + SLOW.format(folder=str(toy.folder)))
         self._toy, self._heliostat, self._eventually = toy, heliostat, eventually
 
-    def start(self, *, retries: int = 0, **config) -> None:
+    def start(self, *, retries: int) -> None:
         document = self._toy.document
         stage = {"name": "train", "uses": "train", "resources": {"workers": 2}, "retries": retries}
-        document["stages"] = [{**stage, "config": {"epochs": EPOCHS, **config}}]
+        document["stages"] = [{**stage, "config": {"epochs": EPOCHS}}]
         self._toy.write(document)
-        self.go_on()
-
-    def go_on(self) -> None:
-        """Start the command, for the first time or again."""
         self._process = subprocess.Popen(
             [*self._heliostat.command, "run", str(self._toy.file), "--json"],
             env={**self._heliostat.environment, "TOY_FOLDER": str(self._toy.folder)},
@@ -119,27 +115,4 @@ def test_training_goes_on_from_its_last_checkpoint_after_one_worker_and_after_al
     printed = training.finish()
     assert history(printed)[: len(kept)] == kept  # to the microsecond of each epoch's duration
     assert len(history(printed)) == EPOCHS
-    assert [step for step, _ in tracked(printed, "train", "val_loss")] == list(range(1, EPOCHS + 1))
-
-
-@pytest.mark.slow
-def test_a_run_whose_newest_sharded_checkpoint_is_damaged_goes_on_from_the_one_before(
-    training, toy, processes_with, eventually, tracked
-):
-    training.start(strategy="fsdp")
-    training.waits_for(lambda: training.epoch() >= 3, "three epochs")
-    mark = f"TOY_FOLDER={toy.folder}"
-    training.kill(processes_with(mark))
-    eventually(lambda: not processes_with(mark), "processes outlive the kill")
-
-    newest, before = training.checkpoints()[:2]
-    part = next(newest.glob("*.distcp"))
-    os.truncate(part, part.stat().st_size // 2)
-    kept = torch.load(before / "plain.pt", weights_only=True)["progress"]["history"]
-
-    training.go_on()
-    printed = training.finish()
-    assert f"{newest} is damaged" in (toy.folder / ".heliostat" / "ray.log").read_text()
-    assert history(printed)[: len(kept)] == kept
-    assert history(printed)[len(kept)] != kept[-1]
     assert [step for step, _ in tracked(printed, "train", "val_loss")] == list(range(1, EPOCHS + 1))
