@@ -17,10 +17,10 @@ def on_meta(build_model: Callable[..., Any], config: TrainConfig) -> nn.Module |
     """The model without weights, or why it cannot be made so: training will then tell."""
     try:
         with torch.device("meta"):
-            model: nn.Module = build_model(**config.model_args)
+            model = build_model(**config.model_args)
     except Exception as error:  # a model function may need real tensors
         return f"known when it trains ({type(error).__name__}: {error})"
-    return model
+    return model if isinstance(model, nn.Module) else f"not known: task.model gives {type(model).__name__}, no module"
 
 
 def forecast(
