@@ -15,7 +15,7 @@ from heliostat.runner import check_fits_here, plan, run
         ({"stages/train/uses": "trian"}, "stages[1] (train).uses: unknown stage kind 'trian'; did you mean 'train'?"),
         (
             {"stages/train/uses": "zzz"},
-            "stages[1] (train).uses: unknown stage kind 'zzz'; known: compress, distill, export, factorize, nas, prune, quantize,",
+            "stages[1] (train).uses: unknown stage kind 'zzz'; known: compress, distill, export, factorize, nas,",
         ),
         (
             {"stages/train/uses": "toy:build_model"},
