@@ -48,8 +48,7 @@ class _Writer:
         self._writing: Future[None] | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Begin, when what was begun before is written."""
-        self.finish()
+        """Begin. What was begun before must be finished."""
         self._pool = self._pool or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing = self._pool.submit(write)
 
@@ -73,6 +72,7 @@ class Checkpoints:
 
         Raises what went wrong with the one before.
         """
+        self._writer.finish()  # or two copies would lie in memory
         copied = tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, state)
         self._writer.start(partial(self._write, copied, epoch=epoch, is_best=is_best))
 
