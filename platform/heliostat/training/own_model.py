@@ -65,7 +65,7 @@ def whole_checkpoint(value: Any) -> Any:
 
 
 def _no_example() -> Tensor:
-    raise NotImplementedError("only pp looks at an example, and no own loop can train under pp")
+    raise AssertionError("only pp looks at an example, and no own loop can train under pp")
 
 
 def _spread_loaded_weights(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
