@@ -23,6 +23,10 @@ def loop(context, config):
     return None
 
 
+def step(model, batch):
+    return 0
+
+
 def reader(path):
     return {}
 

@@ -258,3 +258,28 @@ def test_an_architecture_search_without_a_choice_is_refused(refusal, config, exp
     text = str(refusal({"stages": [stage]}))
     assert text.startswith("stages[0] (best).config")
     assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        (
+            {"uses": "distill", "inputs": {"teacher": "train"}},
+            "config: a student learns by a loss of its own, for which",
+        ),
+        ({"uses": "nas", "inputs": {}, "config": {"elastic": {"model_args.width": [8, 16]}}}, "config: sub-networks"),
+        (
+            {"uses": "prune", "config": {"distillation": {}}},
+            "config.distillation: a teacher's outputs are learned by a",
+        ),
+        ({"uses": "prune", "config": {"penalty": {"name": "group_lasso"}}}, "config.penalty: sparsity is learned by a"),
+        ({"uses": "quantize", "config": {"method": "qat", "distillation": {}}}, "config.distillation: a teacher's"),
+    ],
+    ids=lambda value: value["uses"] if isinstance(value, dict) else "",
+)
+def test_a_loss_of_a_stages_own_is_refused_beside_the_users_step(refusal, stage, expected):
+    last = {"name": "last", "inputs": {"model": "train"}, "config": {}, **stage}
+    train = {"name": "train", "uses": "train", "config": {}}
+    text = str(refusal({"task/train_step": "toy:step", "stages": [train, last]}))
+    assert text.startswith(f"stages[1] (last).{expected}")
+    assert "task.train_step" in text

@@ -53,6 +53,12 @@ def _check_made(reference: str, arguments: Iterable[str], *, place: str) -> Iter
         yield f"{place}: {reference!r} {problem}"
 
 
+def check_own_loss(view: ConfigView, *, place: str, learns: str) -> Iterator[str]:
+    """Whether a training by a loss of its own, as `learns` says, leaves anything to the user's."""
+    if view.task.train_step is not None:
+        yield f"{place}: {learns} by a loss of its own, for which task.train_step is not called; leave one of them out"
+
+
 def check_monitor(config: TrainConfig, view: ConfigView, *, place: str) -> Iterator[str]:
     if config.monitor is not None:
         yield from check_metric(config.monitor, view, place=f"{place}.monitor")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from heliostat.core.imports import resolve, why_not_callable
 from heliostat.core.spec import Reference
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
-from heliostat.stages.checks import UNTRAINABLE, check_arguments, check_loop, check_monitor
+from heliostat.stages.checks import UNTRAINABLE, check_arguments, check_loop, check_monitor, check_own_loss
 from heliostat.stages.finetuning import SoftTargets
 from heliostat.training.config import TrainConfig
 
@@ -30,6 +30,7 @@ def _check(config: DistillConfig, view: ConfigView) -> Iterator[str]:
             yield f"config.model_args: {config.model!r} {problem}"
     yield from check_monitor(config, view, place="config")
     yield from check_loop(config, view, place="config", workers=1)
+    yield from check_own_loss(view, place="config", learns="a student learns")
     if config.features:
         teachers = [kind.name for kind, _ in view.inputs["teacher"]]
         if len(teachers) > 1:

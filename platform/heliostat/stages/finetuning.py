@@ -10,7 +10,7 @@ from heliostat.core.model import Count, NonNegative, NonNegativeInt, Number, Pos
 from heliostat.core.spec import Task
 from heliostat.core.stage import ConfigView, StageResult
 from heliostat.errors import StageError
-from heliostat.stages.checks import check_loop
+from heliostat.stages.checks import check_loop, check_own_loss
 from heliostat.training.config import OptimizerConfig, SchedulerConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -62,9 +62,11 @@ class FineTuning(Spec):
 
 
 def check_tuning(config: FineTuning, view: ConfigView) -> Iterator[str]:
-    """Whether the optimizer and the scheduler of the fine-tuning can be made."""
+    """Whether the optimizer, the scheduler and the loss of the fine-tuning can be made."""
     tuning = config.changed(TrainConfig(), epochs=1, scheduler=config.scheduler)
     yield from check_loop(tuning, view, place="config", workers=1)
+    if config.distillation is not None:
+        yield from check_own_loss(view, place="config.distillation", learns="a teacher's outputs are learned")
 
 
 def mend(

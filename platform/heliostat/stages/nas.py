@@ -8,7 +8,14 @@ from pydantic import Field, field_validator
 
 from heliostat.core.model import Count, Integer, NonNegative, NonNegativeInt, Number, Positive
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
-from heliostat.stages.checks import check_arguments, check_loop, check_metric, check_monitor, check_searched
+from heliostat.stages.checks import (
+    check_arguments,
+    check_loop,
+    check_metric,
+    check_monitor,
+    check_own_loss,
+    check_searched,
+)
 from heliostat.training.config import TrainConfig
 
 
@@ -52,6 +59,7 @@ def _check(config: NasConfig, view: ConfigView) -> Iterator[str]:
     )
     yield from check_monitor(config, view, place="config")
     yield from check_loop(config, view, place="config", workers=1)
+    yield from check_own_loss(view, place="config", learns="sub-networks learn from the largest")
     for metric in config.max_drop:
         yield from check_metric(metric, view, place=f"config.max_drop.{metric}", splits=("val",))
 

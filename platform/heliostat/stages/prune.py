@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from heliostat.core.model import Count, Fraction, NonNegative, NonNegativeInt, Number, Positive, Spec
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
-from heliostat.stages.checks import check_metric, check_trainable
+from heliostat.stages.checks import check_metric, check_own_loss, check_trainable
 from heliostat.stages.finetuning import FineTuning, check_tuning
 
 OPTIONS: dict[str, frozenset[str]] = {
@@ -116,6 +116,8 @@ class PruneConfig(FineTuning):
 def _check(config: PruneConfig, view: ConfigView) -> Iterator[str]:
     yield from check_trainable(view, slot="model")
     yield from check_tuning(config, view)
+    if config.penalty is not None:
+        yield from check_own_loss(view, place="config.penalty", learns="sparsity is learned")
     for metric in config.sensitivity.max_drop if config.sensitivity else ():
         yield from check_metric(metric, view, place=f"config.sensitivity.max_drop.{metric}", splits=("val",))
 
