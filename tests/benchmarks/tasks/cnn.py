@@ -1,9 +1,9 @@
-"""A plain convolutional network for the digits of `pipelines/mnist.py`, without that pipeline's augmentation."""
+"""A plain convolutional network for the digits of `pipelines/mnist.py`, with the augmentation of that or without."""
 
-from mnist import accuracy, build_data
+from mnist import Jitter, accuracy, build_data
 from torch import nn
 
-__all__ = ["accuracy", "build_data", "build_model"]
+__all__ = ["accuracy", "build_data", "build_jittered_model", "build_model"]
 
 
 def build_model(width: int = 32) -> nn.Module:
@@ -20,3 +20,8 @@ def build_model(width: int = 32) -> nn.Module:
         nn.ReLU(),
         nn.Linear(128, 10),
     )
+
+
+def build_jittered_model(width: int = 32) -> nn.Module:
+    """The same network, which sees each training image scaled, sheared and shifted at random."""
+    return nn.Sequential(Jitter(), *build_model(width).children())
