@@ -155,9 +155,8 @@ class Execution:
     def _run_stage(self, node: Node) -> Record:
         pipeline = self._plan.pipeline
         started_at, started = datetime.now(UTC), time.monotonic()
-        context = self._plan.context(
-            node, inputs=self._inputs(node), reporter=self._history.reporter(node, self._view), cancel=self._cancel
-        )
+        reporter = self._history.reporter(node, self._view)
+        context = self._plan.context(node, inputs=self._inputs(node), reporter=reporter, cancel=self._cancel)
         result = self._call(node, context)
         metrics = dict(result.metrics)
         if node.has_speed:
@@ -174,7 +173,7 @@ class Execution:
             identity=node.identity,
             metrics=metrics,
             params=result.params,
-            details=result.details,
+            details={**result.details, "warnings": reporter.warnings} if reporter.warnings else result.details,
             inputs={
                 slot: [{"node": n.name, "fingerprint": n.fingerprint} for n in nodes]
                 for slot, nodes in node.inputs.items()
@@ -207,6 +206,7 @@ class Execution:
                 replace(context, reporter=remote, cancel=None),
                 config,
                 held=node.resources.per_worker,
+                warn=context.reporter.warn,
             )
         return result
 

@@ -192,6 +192,8 @@ class NodeReporter:
 
     def __init__(self, tracker: Tracker, key: str, node: Node, view: "View") -> None:
         self._tracker, self._key, self._node, self._view = tracker, key, node, view
+        self.warnings: list[str] = []
+        """What it was warned of, in order."""
 
     def _trial(self, trial: str) -> str:
         return f"{self._key}/{trial}"
@@ -223,3 +225,8 @@ class NodeReporter:
 
     def progress(self, **fields: Any) -> None:
         self._view.progress(self._node, fields)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self._tracker.tags(self._key, {"heliostat.warnings": "\n".join(self.warnings)})
+        self._view.warned(self._node, text)

@@ -73,6 +73,7 @@ class RecordingReporter:
         self.rows: dict[str | None, list[tuple[int, dict[str, float]]]] = defaultdict(list)
         self.started: list[str] = []
         self.ended: dict[str, tuple[str, str | None]] = {}
+        self.warnings: list[str] = []
         self.on_row = threading.Event()
 
     def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None:
@@ -87,6 +88,9 @@ class RecordingReporter:
 
     def progress(self, **fields: Any) -> None:
         pass
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,9 @@ class Reporter(Protocol):
     def progress(self, **fields: Any) -> None:
         """What the live view shows of the stage: `done`, `total`, `running`, `best` and the like."""
 
+    def warn(self, text: str) -> None:
+        """One line that a person should know although the stage goes on: on the terminal, in MLflow, in the record."""
+
 
 class Unheard:
     """A reporter that nobody listens to."""
@@ -60,6 +63,7 @@ class Unheard:
         reason: str | None = None,
     ) -> None: ...
     def progress(self, **fields: Any) -> None: ...
+    def warn(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)

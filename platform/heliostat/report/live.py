@@ -54,6 +54,9 @@ class PlainView:
             self._said[node.name] = time.monotonic()
             self._say(f"{node.name}: {describe_progress(fields)}")
 
+    def warned(self, node: "Node", text: str) -> None:
+        self._say(f"{node.name}: warning: {text}")
+
     def made(self, node: "Node", metrics: Mapping[str, float]) -> None:
         self._say(f"{node.name}: made, to be measured for speed: {', '.join(_figures(metrics))}")
 
@@ -95,6 +98,10 @@ class LiveView:
     def progress(self, node: "Node", fields: Mapping[str, Any]) -> None:
         with self._lock:
             self._fields[node.name] = {**self._fields.get(node.name, {}), **fields}
+
+    def warned(self, node: "Node", text: str) -> None:
+        warning = f"{node.name}: warning: {text}"
+        self._console.print(warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def made(self, node: "Node", metrics: Mapping[str, float]) -> None:
         self.progress(node, {**metrics, "doing": "made, to be measured for speed"})

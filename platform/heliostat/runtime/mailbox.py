@@ -48,6 +48,9 @@ class RemoteReporter:
     def progress(self, **fields: Any) -> None:
         self._send("progress", [], **fields)
 
+    def warn(self, text: str) -> None:
+        self._send("warn", [text])
+
     def ask_to_stop(self) -> None:
         """Called by the driver: whoever works at the other end should end what it does."""
         internal_kv._internal_kv_put(f"{self.box}.stop".encode(), b"")

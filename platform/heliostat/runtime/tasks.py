@@ -35,6 +35,9 @@ DEATHS = (WorkerCrashedError, NodeDiedError, OutOfMemoryError)
 """Of the process of a task, which may then be started again."""
 
 
+def _unheard(text: str) -> None: ...
+
+
 def run_task(
     function: Callable[..., R],
     *args: Any,
@@ -43,12 +46,13 @@ def run_task(
     retries: int = 0,
     exclusive: bool = False,
     cancel: threading.Event | None = None,
+    warn: Callable[[str], None] = _unheard,
 ) -> R:
     """`function(*args)` in a worker that has `held` of its node to itself, and as many threads as CPUs.
 
-    `retries` is how often it runs again after its process died; an exception is never retried. `exclusive` holds every
-    CPU of one node, an idle one if there is one, so that nothing else disturbs a measurement; the threads are still
-    those of `held`. Raises KeyboardInterrupt when `cancel` is set, StageError when the function raises or its process
+    `retries` is how often it runs again after its process died, of which `warn` is told; an exception is never retried.
+    `exclusive` holds every CPU of one node, an idle one if there is one, so that nothing else disturbs a measurement;
+    the threads are still those of `held`. Raises KeyboardInterrupt when `cancel` is set, StageError when the function raises or its process
     dies.
     """
     options: dict[str, Any] = {
@@ -79,6 +83,7 @@ def run_task(
         except RayError as error:
             if not (left and isinstance(error, DEATHS)):
                 raise StageError(why_it_died(error)) from error
+            warn(f"{why_it_died(error)}; it is started again")
     if outcome == "raised":
         raise value
     result: R = value

@@ -8,7 +8,6 @@ workers as there is room for each time that it starts or goes on. What is made o
 first worker, so that the driver needs no torch.
 """
 
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
@@ -32,8 +31,6 @@ from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from heliostat.training.progress import Fit
-
-log = logging.getLogger(__name__)
 
 POLL_S = 0.1
 
@@ -88,7 +85,8 @@ def train_workers(
         try:
             if resources.most_workers == 1:
                 held = resources.per_worker
-                return run_task(_train_alone, work, root=root, held=held, retries=retries, cancel=cancel)
+                options = {"held": held, "retries": retries, "cancel": cancel, "warn": remote.warn}
+                return run_task(_train_alone, work, root=root, **options)
             return _train_together(work, retries=retries, cancel=cancel)
         except StageError as error:
             frames = where_it_hung(work.hang_note)
@@ -115,7 +113,8 @@ def _run(work: TrainWork, *, rank: int, size: int) -> Any:
     seed_everything(work.seed)
 
     data = work.data.read(work.config.data_args) if work.data else None
-    checkpoints = Checkpoints(work.folder / "checkpoints", keep=work.resources.keep_checkpoints)
+    keep, warn = work.resources.keep_checkpoints, work.reporter.warn
+    checkpoints = Checkpoints(work.folder / "checkpoints", keep=keep, warn=warn)
     has_room = watch_for_room(work.resources, workers=size)
     grows = False
 
@@ -195,7 +194,7 @@ def _fit(work: TrainWork, retries: int) -> Any:
         try:
             outcome = _fit_once(work, num_workers)
         except _NoRoomError as error:
-            log.warning("%s", error)
+            work.reporter.warn(str(error))
             forget_lost_nodes()
         except _WorkersDiedError as error:
             if is_cancelled():
@@ -206,7 +205,8 @@ def _fit(work: TrainWork, retries: int) -> Any:
                 if retries == 0:
                     raise
                 retries -= 1
-            log.warning("%s; training goes on from its last checkpoint", str(error).partition("\n")[0])
+            what, _, _ = str(error).partition("\n")
+            work.reporter.warn(f"{what}; training goes on from its last checkpoint")
         else:
             if not isinstance(outcome, _CanGrow):
                 return outcome

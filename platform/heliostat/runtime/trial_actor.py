@@ -8,6 +8,7 @@ A trial that fails answers with its traceback and leaves the process as it is, f
 """
 
 import json
+import logging
 import math
 import shutil
 import threading
@@ -32,6 +33,8 @@ from heliostat.runtime.tasks import own_traceback
 from heliostat.training.config import TrainConfig
 
 ANSWER_S = 1.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -249,6 +252,9 @@ class _Bridge(Unheard):
         self._on_epoch = on_epoch
         self.stopping = threading.Event()
         self.error: Exception | None = None
+
+    def warn(self, text: str) -> None:
+        log.warning("%s", text)
 
     def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None:
         try:

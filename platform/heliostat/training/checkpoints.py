@@ -65,6 +65,9 @@ class Checkpoints:
 
     folder: Path
     keep: int = Resources().keep_checkpoints
+    warn: Callable[[str], None] = log.warning
+    """Is told of each checkpoint that is damaged, once."""
+    _damaged: set[Path] = field(default_factory=set, repr=False, compare=False)
     _writer: _Writer = field(default_factory=_Writer, repr=False, compare=False)
 
     def save(self, state: State, *, epoch: int, is_best: bool) -> None:
@@ -106,12 +109,12 @@ class Checkpoints:
     def latest(self) -> State | None:
         """The newest checkpoint that is intact."""
         self.flush()
-        return next((_load(file) for file in _intact(self._files())), None)
+        return next((_load(file) for file in self._intact(self._files())), None)
 
     def best(self) -> State | None:
         """The newest intact checkpoint that was the best when it was written."""
         self.flush()
-        return next((_load(file) for file in _intact(file for file in self._files() if file.is_best)), None)
+        return next((_load(file) for file in self._intact(file for file in self._files() if file.is_best)), None)
 
     def is_empty(self) -> bool:
         """Whether nothing has been written yet, or not to its end."""
@@ -119,8 +122,8 @@ class Checkpoints:
 
     def newest_folders(self) -> tuple[Path, Path] | None:
         """The newest intact folder to go on from, and that of its best epoch."""
-        for newest in _intact(self._files()):
-            for best in _intact(file for file in self._files() if file.is_best and file.epoch <= newest.epoch):
+        for newest in self._intact(self._files()):
+            for best in self._intact(file for file in self._files() if file.is_best and file.epoch <= newest.epoch):
                 return newest.path, best.path
         return None
 
@@ -133,6 +136,14 @@ class Checkpoints:
         matches = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("epoch-*"))
         files = [_File(int(m["epoch"]), m["best"] is not None, m["digest"], path) for m, path in matches if m]
         return sorted(files, reverse=True)
+
+    def _intact(self, files: Iterable[_File]) -> Iterator[_File]:
+        for file in files:
+            if _digest(file.path).startswith(file.digest):
+                yield file
+            elif file.path not in self._damaged:
+                self._damaged.add(file.path)
+                self.warn(f"checkpoint {file.path} is damaged: its content does not match its name; it is passed over")
 
     def _prune(self, *, newest: str) -> None:
         """Keep the newest, and for each the best of its time, so that any of them is enough to go on from."""
@@ -166,16 +177,6 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _intact(files: Iterable[_File]) -> Iterator[_File]:
-    for file in files:
-        if _digest(file.path).startswith(file.digest):
-            yield file
-        else:
-            log.warning(
-                "checkpoint %s is damaged (its content does not match its name); using the one before it", file.path
-            )
 
 
 def _load(file: _File) -> State:

@@ -1,5 +1,6 @@
 """What every pass works with: a task, its data, and the ways to train a model on, to save it and to compare it."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,6 +25,8 @@ from heliostat.training.loop import Fit, fit
 from heliostat.training.seeding import seed_everything
 from heliostat.training.task import Data, build_objective
 from heliostat.training.world import World
+
+log = logging.getLogger(__name__)
 
 PARITY_SAMPLES = 256
 BATCH = 64
@@ -54,6 +57,8 @@ class Workshop:
     folder: Path
     on_epoch: Callable[[int, Mapping[str, float]], None]
     """Told of each epoch of fine-tuning, counted from 1 over all trainings of a pass."""
+    warn: Callable[[str], None] = log.warning
+    """Told of what a person should know although the work goes on."""
     teacher: Source | None = None
     """Whom fine-tuning with `distillation` learns from; the model that goes into the pass, unless given."""
     side_by_side: Map = in_turn
@@ -76,7 +81,7 @@ class Workshop:
 
     def checkpoints(self, phase: str) -> Checkpoints:
         """Where a training keeps its checkpoints: the last one in the folder itself, an earlier phase below."""
-        return Checkpoints(self.folder / "checkpoints" / phase)
+        return Checkpoints(self.folder / "checkpoints" / phase, warn=self.warn)
 
     def fine_tune(
         self,
