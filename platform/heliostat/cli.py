@@ -310,7 +310,7 @@ def sync(storage: Storage = DEFAULT_STORE) -> None:
 
 @app.command()
 def doctor(
-    storage: Storage = DEFAULT_STORE,
+    storage: Annotated[str, typer.Option(metavar="S", help="The store: a folder, or s3://…")] = str(DEFAULT_STORE),
     tracking_uri: Annotated[str | None, typer.Option(metavar="URI", help="The MLflow server to look for.")] = None,
     address: Annotated[str | None, typer.Option(metavar="A", help="The running Ray to look for.")] = None,
     as_json: AsJson = False,

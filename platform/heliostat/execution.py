@@ -195,13 +195,15 @@ class Execution:
     def _call(self, node: Node, context: StageContext) -> StageResult:
         if node.kind.place == "driver":
             return node.kind.function(context, node.config)
+        from heliostat.runtime.hang import NOTE, call_stage_watched, told_where_it_hung
         from heliostat.runtime.mailbox import relay
 
-        config = node.config.model_dump(mode="json", exclude_unset=True)
-        with relay(context.reporter) as remote:
+        config, timeout_s = node.config.model_dump(mode="json", exclude_unset=True), node.resources.hang_timeout_s
+        with relay(context.reporter) as remote, told_where_it_hung(timeout_s, note=node.folder / NOTE):
             result: StageResult = self._task(
                 node,
-                call_stage,
+                # One of the user's own may wait for anything.
+                call_stage_watched if node.kind.is_built_in else call_stage,
                 node.kind.reference,
                 replace(context, reporter=remote, cancel=None),
                 config,

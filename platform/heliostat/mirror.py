@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import threading
+import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -32,7 +33,7 @@ from heliostat.core.spec import Pipeline
 from heliostat.errors import ArtifactError, HeliostatError, SpecError
 
 if TYPE_CHECKING:
-    from pyarrow.fs import FileInfo
+    from pyarrow.fs import FileInfo, FileSelector
 
 SEND_EVERY_S = 2.0
 """How long what a running stage left may wait until it is sent."""
@@ -78,6 +79,14 @@ def mirror_of(pipeline: Pipeline) -> Mirror:
     return BucketMirror(pipeline.bucket_url, pipeline.storage_folder)
 
 
+def try_bucket(url: str) -> None:
+    """Write a small object below the URL, list, read and delete it.
+
+    Raises SpecError when there is no such bucket or nobody answers, ArtifactError that says what else cannot be done.
+    """
+    BucketMirror(url, Path()).try_out()
+
+
 class NoMirror:
     """The store is a folder, and that is all."""
 
@@ -105,6 +114,21 @@ class BucketMirror:
             from pyarrow.fs import FileSystem
 
             self._bucket, self._prefix = FileSystem.from_uri(self._url)
+
+    def try_out(self) -> None:
+        """See `try_bucket`."""
+        path, content = Path(f".tried-{uuid.uuid4().hex}"), b"heliostat"
+        key = self._key(path)
+        with self._reached(doing="cannot be written"), self._bucket.open_output_stream(key) as sink:
+            sink.write(content)
+        with self._reached(doing="cannot be listed"):
+            found = [there.path for there in self._bucket.get_file_info(self._below(Path()))]
+        with self._reached(doing="cannot be read"), self._bucket.open_input_stream(key) as source:
+            is_same = source.read() == content
+        with self._reached(doing="what is there cannot be deleted"):
+            self._bucket.delete_file(key)
+        if not is_same or key not in found:
+            raise ArtifactError(f"storage: {self._url}: what was written is not what is there")
 
     def look(self, pipeline: str) -> Mapping[Path, int]:
         found = self._listed(self._folder / pipeline, SpecError)
@@ -225,16 +249,20 @@ class BucketMirror:
 
     def _listed(self, folder: Path, error: type[HeliostatError] = ArtifactError) -> list[tuple[Path, "FileInfo"]]:
         """All files below, each with the place that it has in the folder."""
-        from pyarrow.fs import FileSelector, FileType
+        from pyarrow.fs import FileType
 
-        selector = FileSelector(self._key(folder), recursive=True, allow_not_found=True)
         with self._reached(error):
-            found = self._bucket.get_file_info(selector)
+            found = self._bucket.get_file_info(self._below(folder))
         return [
             (self._folder / file.path.removeprefix(f"{self._prefix}/"), file)
             for file in found
             if file.type == FileType.File
         ]
+
+    def _below(self, folder: Path) -> "FileSelector":
+        from pyarrow.fs import FileSelector
+
+        return FileSelector(self._key(folder), recursive=True, allow_not_found=True)
 
     def _key(self, path: Path) -> str:
         return f"{self._prefix}/{path.relative_to(self._folder).as_posix()}"
@@ -243,11 +271,12 @@ class BucketMirror:
         return f"{self._url}/{path.relative_to(self._folder).as_posix()}"
 
     @contextmanager
-    def _reached(self, error: type[HeliostatError] = ArtifactError) -> Iterator[None]:
+    def _reached(self, error: type[HeliostatError] = ArtifactError, *, doing: str = "") -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError) as found:  # Arrow's client raises either
-            raise error(f"storage: {self._url}: {str(found).partition(' (Request ID')[0]}") from found
+            what = f"{doing}: " if doing else ""
+            raise error(f"storage: {self._url}: {what}{str(found).partition(' (Request ID')[0]}") from found
 
 
 def _lasting_files(folder: Path) -> Iterator[tuple[Path, Stamp]]:

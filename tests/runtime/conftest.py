@@ -23,7 +23,16 @@ TOY = """
     from torch import nn
     from torch.utils.data import TensorDataset
 
-    def build_model(width=4, fail=None, once=None, hang=None, builds=None, sleep_s=0.0, step_s=0.0, same=False):
+    def spin(seconds):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            pass
+
+    def build_model(
+        width=4, fail=None, once=None, hang=None, builds=None, sleep_s=0.0, step_s=0.0, same=False, busy_s=0.0,
+        endless=False,
+    ):
+        spin(busy_s)
         if builds:
             with open(builds, "a") as file:
                 file.write("built\\n")
@@ -43,6 +52,8 @@ TOY = """
         net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
         if step_s:
             net.register_forward_pre_hook(lambda *_: time.sleep(step_s))
+        if endless:
+            net.register_forward_pre_hook(lambda *_: spin(600))
         return net
 
     def build_data():
@@ -140,7 +151,14 @@ def run(task, root, tmp_path, reporter):
         }
         settings |= changes
         trained = settings.pop("task", task)
-        shared = shared_data(trained, root=root, seed=settings["seed"], retries=settings.get("retries", 0))
+        shared = shared_data(
+            trained,
+            root=root,
+            seed=settings["seed"],
+            retries=settings.get("retries", 0),
+            folder=tmp_path,
+            hang_timeout_s=settings["resources"].hang_timeout_s,
+        )
         with shared as provider:
             return search(trained, provider=provider, **settings)
 

@@ -5,7 +5,6 @@ import socket
 import threading
 from collections import namedtuple
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
@@ -98,13 +97,50 @@ def test_a_hyperopt_that_does_not_import_is_told_with_the_versions_that_matter(m
 @pytest.mark.parametrize(("free_gb", "ok"), [(0.5, "problem"), (2, "warning"), (50, "ok")])
 def test_room_on_the_disk_is_graded(tmp_path, monkeypatch, free_gb, ok):
     monkeypatch.setattr(health.shutil, "disk_usage", lambda path: Usage(1e12, 0, free_gb * 1e9))
-    assert only(health.check_storage(tmp_path / "not" / "yet" / "there")).ok == ok
+    assert only(health.check_storage(str(tmp_path / "not" / "yet" / "there"))).ok == ok
 
 
 def test_storage_that_cannot_be_written_is_a_problem():
-    finding = only(health.check_storage(Path("/proc/heliostat")))
+    finding = only(health.check_storage("/proc/heliostat"))
     assert finding.ok == "problem"
     assert "/proc cannot be written" in finding.text
+
+
+def test_a_bucket_is_written_listed_read_and_left_as_it_was(s3):
+    bucket, here = health.check_storage("s3://models/team")
+    assert bucket == Finding("storage", "ok", "s3://models/team: can be read and written")
+    assert here.ok == "ok"
+    assert not [key for key in s3.objects() if not key.endswith("/")]
+
+
+def test_a_bucket_that_is_not_there_or_does_not_answer_is_a_problem_with_what_to_do(s3):
+    missing = health.check_bucket("s3://nobodys/team")
+    assert (missing.ok, missing.fix.split(";")[0]) == ("problem", "make it: aws s3 mb s3://BUCKET")
+    assert missing.text.startswith("s3://nobodys/team: ")
+    s3.stop()
+    silent = health.check_bucket("s3://models/team")
+    assert silent.ok == "problem"
+    assert "NETWORK_CONNECTION" in silent.text
+    assert silent.fix.startswith("see who answers")
+    s3.start()
+
+
+def test_a_bucket_that_takes_nothing_is_a_problem_with_the_rights_that_are_missing(s3, monkeypatch):
+    from moto.s3.exceptions import S3AccessDeniedError
+    from moto.s3.models import S3Backend
+
+    def refuse(*_, **__):
+        raise S3AccessDeniedError()
+
+    monkeypatch.setattr(S3Backend, "put_object", refuse)
+    finding = health.check_bucket("s3://models/team")
+    assert finding.text.startswith("s3://models/team: cannot be written: ")
+    assert "s3:ListBucket, GetObject, PutObject and DeleteObject" in finding.fix
+
+
+def test_a_url_of_another_kind_is_no_storage():
+    finding = only(health.check_storage("gs://models"))
+    assert finding.text == "gs://models is neither a folder nor s3://BUCKET/PREFIX"
 
 
 def test_little_shared_memory_is_a_warning(monkeypatch):

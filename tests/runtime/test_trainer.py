@@ -1,3 +1,4 @@
+import os
 import threading
 
 import pytest
@@ -66,11 +67,17 @@ def test_two_workers_follow_the_curve_of_one(train, reporter, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "tp", "pp"])
-def test_workers_that_share_one_model_go_on_from_the_parts_that_they_left(train, reporter, strategy):
-    train(workers=2, strategy=strategy, epochs=2)
+def test_workers_that_share_one_model_go_on_from_the_newest_parts_that_are_whole(train, reporter, strategy, tmp_path):
+    before = train(workers=2, strategy=strategy, epochs=3)
+    (newest,) = (tmp_path / "checkpoints").glob("epoch-00003.*")
+    shard = newest / "__1_0.distcp"
+    os.truncate(shard, shard.stat().st_size // 2)
     fit = train(workers=2, strategy=strategy, epochs=4)
-    assert [epoch for epoch, _ in reporter.rows[None]] == [1, 2, 3, 4]
+    assert [epoch for epoch, _ in reporter.rows[None]] == [1, 2, 3, 3, 4]
+    assert fit.history[:2] == before.history[:2]
     assert list(fit.state) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    (warning,) = reporter.warnings
+    assert warning.startswith(f"checkpoint {newest} is damaged")
 
 
 @pytest.mark.slow
@@ -93,8 +100,9 @@ def test_several_workers_stop_when_told_to(train, reporter):
         train(workers=2, cancel=cancel, epochs=10_000)
 
 
-def test_a_worker_that_died_is_started_again(train, tmp_path):
+def test_a_worker_that_died_is_started_again_loudly(train, tmp_path, reporter):
     assert train(retries=1, model_args={"once": str(tmp_path / "once")}).epochs == 2
+    assert reporter.warnings == ["its process was killed or crashed; it is started again"]
 
 
 @pytest.mark.slow
@@ -115,7 +123,7 @@ def test_a_worker_that_hangs_counts_as_dead(train, tmp_path):
 @pytest.mark.slow
 def test_one_worker_that_hangs_counts_as_dead_and_is_told_where_it_was(train, tmp_path):
     hanging = {"hang": str(tmp_path / "hang")}
-    expected = r"no step for 1 s \(resources.hang_timeout_s\); .*:\n.*toy\.py\", line \d+ in build_model"
+    expected = r"no sign of life for 1 s \(resources.hang_timeout_s\); .*:\n.*toy\.py\", line \d+ in build_model"
     with pytest.raises(StageError, match=expected):
         train(hang_timeout_s=1, model_args=hanging)
     (tmp_path / "hang").unlink()
@@ -125,6 +133,16 @@ def test_one_worker_that_hangs_counts_as_dead_and_is_told_where_it_was(train, tm
 def test_one_worker_that_makes_steps_does_not_hang(train, reporter):
     fit = train(hang_timeout_s=1, epochs=1, batch_size=1, model_args={"step_s": 0.1})
     assert fit.history[0]["seconds"] > 3
+
+
+def test_one_worker_that_computes_before_it_makes_a_step_does_not_hang(train):
+    assert train(hang_timeout_s=1, epochs=1, model_args={"busy_s": 3.5}).epochs == 1
+
+
+@pytest.mark.slow
+def test_one_worker_that_computes_a_step_without_end_hangs(train):
+    with pytest.raises(StageError, match=r"no sign of life for 1 s .*:\n(.*\n)*.*toy\.py"):
+        train(hang_timeout_s=1, model_args={"endless": True})
 
 
 @pytest.mark.slow

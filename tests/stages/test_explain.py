@@ -29,9 +29,10 @@ def test_the_plan_shows_what_a_strategy_will_do(toy, strategy, expected):
 def told(toy, monkeypatch):
     """What the plan says of training with two workers on a node of so many bytes."""
 
-    def tell(node_bytes, **config):
+    def tell(node_bytes, *, train_fn=None, **config):
         monkeypatch.setattr("heliostat.training.devices.node_memory_bytes", lambda: node_bytes)
         document = toy.document
+        document["task"] |= {"train_fn": train_fn} if train_fn else {}
         train = document["stages"][1]
         del train["inputs"]
         train |= {"config": config, "resources": {"workers": 2}}
@@ -62,6 +63,15 @@ def test_what_auto_would_take_is_no_part_of_identity(told):
     small, large = told(30_000), told(10_000_000)
     assert small.fingerprint == large.fingerprint
     assert "auto takes ddp" not in small.explained["strategy"]
+
+
+def test_under_an_own_loop_the_plan_says_what_auto_would_take_and_what_it_does_not_know(toy, told):
+    toy.module.write_text(toy.module.read_text() + "\n\ndef train_fn(context, config): ...\n")
+    explained = told(12_000, train_fn="toy:train_fn").explained
+    assert explained["strategy"].startswith("auto takes fsdp on this machine: a whole copy takes 14.9 KB")
+    assert explained["strategy"].endswith(
+        "of task.train_fn it knows the weights alone, and config.optimizer, but not what it computes"
+    )
 
 
 SMALL = {"batch_size": {"choice": [16, 32]}, "model_args.width": {"choice": [4, 8]}}

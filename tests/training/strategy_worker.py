@@ -61,10 +61,10 @@ class First(nn.Module):
 class Block(nn.Module):
     """A transformer block as people write it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, heads: int = 2) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -112,10 +112,15 @@ def transformer() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(8, 3))
 
 
+def heads() -> nn.Module:
+    """As many heads as there are workers at most."""
+    return nn.Sequential(nn.Embedding(11, 8), Positions(6, 8), Block(8, heads=4), First(), nn.Linear(8, 3))
+
+
 def data_for(name: str, num_samples: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(num_samples)
     targets = torch.arange(num_samples) % 3
-    if name in ("transformer", "attention"):
+    if name in ("transformer", "attention", "heads"):
         return TensorDataset(torch.randint(0, 11, (num_samples, 6), generator=generator), targets)
     shape = (8,) if name == "mlp" else (1, 6, 6)
     inputs = torch.randn(num_samples, *shape, generator=generator) + targets.view(-1, *[1] * len(shape))
@@ -124,7 +129,7 @@ def data_for(name: str, num_samples: int) -> TensorDataset:
 
 SMALL_NODE_BYTES = 30_000
 """Too little for two whole copies of a model in training; enough for the parts of the small ones."""
-MODELS = {"mlp": mlp, "cnn": cnn, "transformer": transformer, "attention": attention}
+MODELS = {"mlp": mlp, "cnn": cnn, "transformer": transformer, "attention": attention, "heads": heads}
 STRATEGIES: dict[str, Any] = {
     "auto": "auto",
     "single": "single",
@@ -272,7 +277,7 @@ def main(name: str, rank: int, size: int, folder: Path, end: str = "") -> None:
         return
     models = ["transformer"] if name in ("tp-by-plan", "gpipe") else ["mlp", "cnn", "transformer"]
     if name in ("single", "tp", "dp-tp"):
-        models.append("attention")
+        models += ["attention", "heads"]
     if name == "interleaved" or (name == "pp" and size == 4):  # an MLP of three layers has no four stages
         models.remove("mlp")
     results: dict[str, Any] = {model: result(train(model, strategy, world)) for model in models}
@@ -281,10 +286,12 @@ def main(name: str, rank: int, size: int, folder: Path, end: str = "") -> None:
         interrupted(strategy, world, kept)
         results["resumed"] = result(train("transformer", strategy, world, kept, deterministic=True))
         results["uninterrupted"] = result(train("transformer", strategy, world, deterministic=True))
+    own_step = replace(OBJECTIVE, train_step=smoothed)
     if name in ("single", "ddp", "fsdp", "tp"):
-        own_step = replace(OBJECTIVE, train_step=smoothed)
         results["own_step"] = result(train("mlp", strategy, world, objective=own_step))
-    if name in ("single", "fsdp", "tp", "dp-tp"):
+    if name in ("single", "tp", "dp-tp"):
+        results["own_step_heads"] = result(train("heads", strategy, world, objective=own_step))
+    if name in ("single", "auto", "fsdp", "tp", "dp-tp"):
         results |= own_loops(strategy, world, folder / f"own-{name}-{size}")
     if size > 1 and name in ("fsdp", "tp"):
         try:

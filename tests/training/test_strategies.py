@@ -17,7 +17,7 @@ from heliostat.training.strategies.pp import chain_of, cut_points
 
 WORKER = Path(__file__).with_name("strategy_worker.py")
 PAIRS = ["fsdp", "tp", "pp", "gpipe", "interleaved", "tp-by-plan", "fsdp-by-class"]
-FOURS = ["fsdp", "dp-tp", "dp-pp", "pp"]
+FOURS = ["fsdp", "tp", "dp-tp", "dp-pp", "pp"]
 
 
 def start(folder: Path, name: str, size: int, *end: str) -> None:
@@ -61,7 +61,7 @@ def assert_same_curve(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 def assert_parity(trained: Callable[[str, int], dict[str, Any]], name: str, size: int) -> None:
     several, single = trained(name, size), trained("single", 1)
-    for model in {"mlp", "cnn", "transformer", "attention"} & set(several):
+    for model in {"mlp", "cnn", "transformer", "attention", "heads"} & set(several):
         assert_same_curve(several[model], single[model])
 
 
@@ -72,8 +72,13 @@ def test_a_strategy_trains_the_curve_and_the_model_of_one_process(trained: Any, 
 
 def test_auto_splits_a_model_that_is_too_large_for_a_worker_and_trains_the_same_curve(trained: Any) -> None:
     assert_parity(trained, "auto", 2)
-    taken = {name: found["taken"] for name, found in trained("auto", 2).items()}
+    taken = {name: found["taken"] for name, found in trained("auto", 2).items() if not name.startswith("own")}
     assert taken == {"mlp": "fsdp", "cnn": "pp", "transformer": "pp"}
+
+
+def test_auto_also_splits_the_model_of_a_users_own_loop(trained: Any) -> None:
+    assert_same_own_loop(trained, "auto", 2)
+    assert trained("auto", 2)["own_loop"]["taken"] == "fsdp"
 
 
 @pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp", "tp"])
@@ -100,8 +105,17 @@ def test_an_optimizer_of_the_model_as_it_was_before_is_refused(trained: Any, nam
 
 
 @pytest.mark.slow
-def test_so_does_a_users_own_loop_on_a_mesh(trained: Any) -> None:
-    assert_same_own_loop(trained, "dp-tp", 4)
+@pytest.mark.parametrize("name", ["tp", "dp-tp"])
+def test_so_does_a_users_own_loop_on_four_workers(trained: Any, name: str) -> None:
+    assert_same_own_loop(trained, name, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tp", "dp-tp"])
+def test_so_does_a_users_own_step_with_the_heads_of_attention_dealt_out_to_four_workers(
+    trained: Any, name: str
+) -> None:
+    assert_same_curve(trained(name, 4)["own_step_heads"], trained("single", 1)["own_step_heads"])
 
 
 @pytest.mark.slow

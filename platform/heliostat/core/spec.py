@@ -133,7 +133,8 @@ class Resources(Spec):
     hang_timeout_s: Count = 1800
     """How long a worker waits for the others of its training before one of them counts as dead.
 
-    One that trains alone counts as dead after so long without an optimizer step or an epoch's end.
+    One that works alone, in a training, a trial or a stage that is a task, counts as dead after so long without a sign
+    of life: an optimizer step or, where none is due since it builds data or evaluates, that it computes anything.
     """
     max_concurrent_trials: Count | None = None
     keep_checkpoints: Count = 2

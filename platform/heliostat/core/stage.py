@@ -169,6 +169,10 @@ class StageKind:
     """Modules of the driver's part that take long to import: they are imported while Ray starts."""
     reference: str
 
+    @property
+    def is_built_in(self) -> bool:
+        return self.reference.startswith(_BUILT_IN)
+
 
 _KINDS: dict[str, StageKind] = {}
 _BUILT_IN = "heliostat.stages."
@@ -223,7 +227,7 @@ def stage(
             reference=reference,
         )
         function.__stage_kind__ = kind  # type: ignore[attr-defined]
-        if reference.startswith(_BUILT_IN):
+        if kind.is_built_in:
             _KINDS[name] = kind
         return function
 

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from heliostat.runtime.hang import waiting
+
 
 class Gate:
     """One party's way through the gate in `folder`; used by one thread."""
@@ -27,9 +29,10 @@ class Gate:
         os.close(self._turnstile)
 
     def _enter(self) -> None:
-        fcntl.flock(self._turnstile, fcntl.LOCK_EX)
-        fcntl.flock(self._gate, fcntl.LOCK_SH)
-        fcntl.flock(self._turnstile, fcntl.LOCK_UN)
+        with waiting():
+            fcntl.flock(self._turnstile, fcntl.LOCK_EX)
+            fcntl.flock(self._gate, fcntl.LOCK_SH)
+            fcntl.flock(self._turnstile, fcntl.LOCK_UN)
 
     def _leave(self) -> None:
         fcntl.flock(self._gate, fcntl.LOCK_UN)
@@ -49,24 +52,27 @@ class Gate:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """While at work: be no neighbour to anybody for a while."""
+        """While at work: be no neighbour to anybody, and wait for others, for a while."""
         self._leave()
         try:
-            yield
+            with waiting():
+                yield
         finally:
             self._enter()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """While at work: be the only one on this node for a while."""
-        with self.at_rest():
-            fcntl.flock(self._turnstile, fcntl.LOCK_EX)
-            fcntl.flock(self._gate, fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.flock(self._gate, fcntl.LOCK_UN)
-                fcntl.flock(self._turnstile, fcntl.LOCK_UN)
+        self._leave()
+        try:
+            with waiting():
+                fcntl.flock(self._turnstile, fcntl.LOCK_EX)
+                fcntl.flock(self._gate, fcntl.LOCK_EX)
+            yield
+        finally:
+            fcntl.flock(self._gate, fcntl.LOCK_UN)
+            fcntl.flock(self._turnstile, fcntl.LOCK_UN)
+            self._enter()
 
 
 @contextmanager

@@ -1,56 +1,174 @@
-"""The end of a process that trains alone and hangs, with a note of where it was.
+"""The end of a process that works alone and hangs, with a note of where it was.
 
-Several workers wait for each other, which ends by itself; one is missed by nobody. The watchdog is Python's own
-(`faulthandler.dump_traceback_later`): a thread that needs nothing of the interpreter, so what hangs in C ends as well.
+Several workers wait for each other, which ends by itself; one is missed by nobody. A thread looks about once a second
+for a sign of life: an optimizer step, or, where no step is due since data is built, loaded or evaluated, that anything
+is computed. Each sign winds up Python's own watchdog (`faulthandler.dump_traceback_later`), which needs nothing of the
+interpreter, so what hangs in C and never lets go of the interpreter ends as well.
 """
 
 import faulthandler
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
-REARM_S = 1.0
-"""No more often is the watchdog set anew, which starts a thread; it waits for so much longer."""
-TRAINING = str(Path("heliostat", "training", "run.py"))
-"""Where every training is entered: what is further out is not of interest."""
+from heliostat.core.stage import StageContext, StageResult, call_stage
+from heliostat.errors import StageError
+
+NOTE = ".hang.txt"
+LOOK_S = 1.0
+OWN_SHARE, HELPERS_SHARE = 0.001, 0.05
+"""So much of a CPU's time is a sign of life: of the thread itself, even one that only waits for a slow download; and
+of all threads and child processes together. What Ray does in an idle process takes a hundredth (measured)."""
+PLUMBING = str(Path("heliostat", "runtime"))
+"""Frames from here outwards are of no interest."""
+_cpu_clock_of = getattr(time, "pthread_getcpuclockid", lambda thread: time.CLOCK_PROCESS_CPUTIME_ID)
+"""macOS has no such clock of a thread."""
+
+
+class _Watch:
+    """What is seen of one thread."""
+
+    def __init__(self, thread: int, *, step: frozenset[CodeType]) -> None:
+        self.signs = self.waits = 0
+        self._thread, self._step, self._clock = thread, step, _cpu_clock_of(thread)
+        self._seen_signs, self._looked_at = 0, time.monotonic()
+        self._own_s, self._all_s = time.clock_gettime(self._clock), 0.0
+
+    def sees_life(self) -> bool:
+        """Whether there was a sign of it since the last look."""
+        passed, own_s = time.monotonic() - self._looked_at, time.clock_gettime(self._clock)
+        had_sign, used_s = self.signs > self._seen_signs, own_s - self._own_s
+        self._seen_signs, self._looked_at, self._own_s = self.signs, time.monotonic(), own_s
+        if had_sign or self.waits:
+            return True
+        if self._is_in_step():
+            return False
+        return used_s >= OWN_SHARE * passed or self._helpers_used_s() >= HELPERS_SHARE * passed
+
+    def _is_in_step(self) -> bool:
+        frame = sys._current_frames().get(self._thread)
+        while frame is not None:
+            if frame.f_code in self._step:
+                return True
+            frame = frame.f_back
+        return False
+
+    def _helpers_used_s(self) -> float:
+        """Since this was last looked at. It takes milliseconds, so it comes last."""
+        import psutil  # comes with Ray
+
+        before, self._all_s = self._all_s, time.process_time()
+        for child in psutil.Process().children(recursive=True):
+            try:
+                times = child.cpu_times()
+            except psutil.NoSuchProcess:  # it ended meanwhile
+                continue
+            self._all_s += times.user + times.system
+        return self._all_s - before
+
+
+_watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
+
+
+def alive() -> None:
+    """A sign of life of this thread, if it is watched."""
+    if (watch := _watch.get()) is not None:
+        watch.signs += 1
 
 
 @contextmanager
-def ended_if_it_hangs(timeout_s: float, *, note: Path) -> Iterator[Callable[[], None]]:
-    """End this process when `timeout_s` pass without a step of any optimizer, or a call of what the block is given.
+def waiting() -> Iterator[None]:
+    """Within it this thread waits for another process, and nobody waits for a sign of its life."""
+    if (watch := _watch.get()) is None:
+        yield
+        return
+    watch.waits += 1
+    try:
+        yield
+    finally:
+        watch.waits -= 1
 
-    `note` then holds where every thread was; it is empty until then, and gone when the block ends.
+
+@contextmanager
+def ended_if_it_hangs(timeout_s: float, *, note: Path) -> Iterator[None]:
+    """End this process when the calling thread gives no sign of life for `timeout_s` (and up to `LOOK_S` more).
+
+    `note` then holds where every thread was; until then which of them is meant. It is gone when the block ends.
     """
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    set_at = -REARM_S
+    from heliostat.training.trainee import Trainee
 
-    def alive(*_: Any) -> None:
-        nonlocal set_at
-        now = time.monotonic()
-        if now - set_at >= REARM_S:
-            faulthandler.dump_traceback_later(timeout_s + REARM_S, exit=True, file=file)
-            set_at = now
+    thread, over = threading.get_ident(), threading.Event()
+    watch = _Watch(thread, step=frozenset({Trainee.backward.__code__, Trainee.step.__code__}))
+
+    def stepped(*_: Any) -> None:
+        watch.signs += 1
 
     note.parent.mkdir(parents=True, exist_ok=True)
     with note.open("w") as file:
-        hook = register_optimizer_step_post_hook(alive)
+        file.write(f"Thread {thread:#018x}\n")  # as it is called there
+        file.flush()
+
+        def look() -> None:
+            while not over.wait(min(LOOK_S, timeout_s / 4)):
+                if watch.sees_life():
+                    faulthandler.dump_traceback_later(timeout_s, exit=True, file=file)
+
+        looking = threading.Thread(target=look, name="hang", daemon=True)
+        hook, token = register_optimizer_step_post_hook(stepped), _watch.set(watch)
         try:
-            alive()
-            yield alive
+            faulthandler.dump_traceback_later(timeout_s, exit=True, file=file)
+            looking.start()
+            yield
         finally:
+            over.set()
+            looking.join()
             faulthandler.cancel_dump_traceback_later()
+            _watch.reset(token)
             hook.remove()
             note.unlink()
 
 
 def where_it_hung(note: Path) -> str | None:
-    """The frames of the training that hung, the innermost first; None when none did."""
-    threads = note.read_text().split("\n\n") if note.exists() else []
-    for frames in (thread.splitlines() for thread in threads):
-        entry = [number for number, frame in enumerate(frames) if TRAINING in frame]
-        if entry:
-            return "\n".join(frame for frame in frames[: entry[0]] if frame.startswith("  File"))
-    return None
+    """The frames of the thread that hung, the innermost first; None when none did."""
+    thread, _, dump = note.read_text().partition("\n") if note.exists() else ("", "", "")
+    _, is_there, dumped = dump.partition(f"{thread} (")
+    if not is_there:
+        return None
+    _, *frames = dumped.partition("\n\n")[0].splitlines()
+    outside = next((number for number, frame in enumerate(frames) if PLUMBING in frame), 0)
+    return "\n".join(frames[: outside or None])
+
+
+@contextmanager
+def told_where_it_hung(timeout_s: float, *, note: Path) -> Iterator[None]:
+    """A StageError of the block, if a process hung there, is one that says so and where."""
+    try:
+        yield
+    except StageError as error:
+        reason = why_it_hung(timeout_s, note=note)
+        if reason is None:
+            raise
+        raise StageError(reason) from error
+
+
+def why_it_hung(timeout_s: float, *, note: Path) -> str | None:
+    """For a person, if the process that left the note hung."""
+    frames = where_it_hung(note)
+    if frames is None:
+        return None
+    too_long = f"no sign of life for {timeout_s} s (resources.hang_timeout_s)"
+    return f"it hangs: {too_long}; it was here, innermost first:\n{frames}"
+
+
+def call_stage_watched(reference: str, context: StageContext, config: Mapping[str, Any]) -> StageResult:
+    """`call_stage`, in a process that ends when the stage hangs."""
+    with ended_if_it_hangs(context.resources.hang_timeout_s, note=context.folder / NOTE):
+        return call_stage(reference, context, config)

@@ -23,7 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from heliostat.core.spec import BUCKET
 from heliostat.errors import HeliostatError
+from heliostat.mirror import try_bucket
 from heliostat.runtime.auth import token_source, use_token_if_present
 
 PORTS = {6379: "--port", 8265: "--dashboard-port", 10001: "--ray-client-server-port"}
@@ -33,6 +35,15 @@ MIN_SHM_GB = 1
 MIN_OPEN_FILES = 8192
 RAY_TIMEOUT_SECONDS = 10
 CONNECT_TIMEOUT_SECONDS = 2
+
+WORKED_IN = ".heliostat"
+"""Beside the pipeline file: where a run with a bucket works."""
+BUCKET_FIXES = {
+    "NETWORK_CONNECTION": "see who answers: curl -I $AWS_ENDPOINT_URL, or without one https://s3.amazonaws.com",
+    "not found": "make it: aws s3 mb s3://BUCKET; or is AWS_ENDPOINT_URL another server's?",
+    "NO_SUCH_BUCKET": "make it: aws s3 mb s3://BUCKET; or is AWS_ENDPOINT_URL another server's?",
+}
+BUCKET_RIGHTS = "aws sts get-caller-identity; who that is needs s3:ListBucket, GetObject, PutObject and DeleteObject"
 
 _ASK_RAY = """
 import json, sys, ray
@@ -51,7 +62,7 @@ class Finding:
     fix: str = ""
 
 
-def diagnose(storage: Path, tracking_uri: str | None, address: str | None) -> list[Finding]:
+def diagnose(storage: str | Path, tracking_uri: str | None, address: str | None) -> list[Finding]:
     """Look at everything that a run on `storage`, tracked at `tracking_uri`, on the Ray at `address` depends on.
 
     `address` is what `run --address` or `submit --address` takes; None looks for every Ray on this machine.
@@ -60,7 +71,7 @@ def diagnose(storage: Path, tracking_uri: str | None, address: str | None) -> li
         "python": check_python,
         "libraries": check_libraries,
         "hyperopt": check_hyperopt,
-        "storage": lambda: check_storage(storage),
+        "storage": lambda: check_storage(str(storage)),
         "shared memory": check_shared_memory,
         "open files": check_open_files,
         "token": check_token,
@@ -136,8 +147,31 @@ def _is_installed(name: str) -> bool:
     return next(iter(metadata.distributions(name=name)), None) is not None
 
 
-def check_storage(storage: Path) -> Iterator[Finding]:
-    """Whether the store can be written, and how much room is left on its disk."""
+def check_storage(storage: str) -> Iterator[Finding]:
+    """Whether the store can be written; of a folder, how much room is left on its disk."""
+    if "://" not in storage:
+        yield from check_folder(Path(storage))
+    elif not BUCKET.fullmatch(storage):
+        fix = "--storage s3://BUCKET/PREFIX, or a folder"
+        yield Finding("storage", "problem", f"{storage} is neither a folder nor s3://BUCKET/PREFIX", fix)
+    else:
+        yield check_bucket(storage)
+        yield from check_folder(Path(WORKED_IN))
+
+
+def check_bucket(url: str) -> Finding:
+    """Whether the bucket can be written, listed and read, and what is in it deleted: by doing so."""
+    try:
+        try_bucket(url)
+    except HeliostatError as error:
+        text = str(error).removeprefix("storage: ")
+        fix = next((fix for sign, fix in BUCKET_FIXES.items() if sign in text), BUCKET_RIGHTS)
+        return Finding("storage", "problem", text, fix)
+    return Finding("storage", "ok", f"{url}: can be read and written")
+
+
+def check_folder(storage: Path) -> Iterator[Finding]:
+    """Whether a folder can be written, and how much room is left on its disk."""
     folder = storage.expanduser().absolute()
     while not folder.exists():
         folder = folder.parent

@@ -8,6 +8,7 @@ from typing import Any
 from heliostat.core.objective import Objectives
 from heliostat.errors import StageError
 from heliostat.runtime.failures import kind_of_failure
+from heliostat.runtime.hang import why_it_hung
 from heliostat.runtime.journal import Ended, Reported, Row, Standing, Status, Suggested, TrialRecord
 from heliostat.runtime.tasks import run_task
 from heliostat.runtime.trial_actor import TrialRun, TrialWork
@@ -74,7 +75,8 @@ def run_again(work: TrialWork, then: TrialRecord, *, seed: int, objectives: Obje
             retries=work.retries,
         )
     except StageError as error:  # its process died: what the user's code raises comes back as a reason
-        status, reason = "failed", str(error)
+        hung = why_it_hung(resources.hang_timeout_s, note=work.hang_note(then.id))
+        status, reason = "failed", hung or str(error)
     standing = Standing()
     ended = Ended(then.id, status, reason, time.monotonic() - started)
     for event in (Suggested(then.id, then.params), Reported(then.id, rows), ended):

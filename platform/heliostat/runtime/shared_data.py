@@ -23,6 +23,7 @@ from ray.experimental import internal_kv
 
 from heliostat.core.spec import Task
 from heliostat.errors import StageError
+from heliostat.runtime.hang import NOTE, ended_if_it_hangs, waiting, why_it_hung
 from heliostat.runtime.tasks import call_in_worker, why_it_died
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ class SharedData:
     """Where trials look for the data."""
 
     box: str
+    folder: Path
+    """Where a process that hung left word of it."""
+    hang_timeout_s: float
+
+    def note(self, name: bytes) -> Path:
+        return self.folder / f".{name.decode().rpartition('/')[2][:16]}{NOTE}"
 
     def name(self, data_args: Mapping[str, Any]) -> bytes:
         arguments = json.dumps(dict(data_args), sort_keys=True)
@@ -49,10 +56,13 @@ class SharedData:
 
         Raises what the user's function raised, and StageError when its process died.
         """
+        name = self.name(data_args)
         try:
-            outcome, value = _fetch(self.name(data_args))
+            with waiting():
+                outcome, value = _fetch(name)
         except RayError as error:
-            raise StageError(f"task.data: {why_it_died(error)}") from None
+            hung = why_it_hung(self.hang_timeout_s, note=self.note(name))
+            raise StageError(f"task.data: {hung or why_it_died(error)}") from None
         if outcome == "raised":
             raise value
         if value is None:
@@ -72,8 +82,8 @@ def _fetch(name: bytes) -> tuple[str, Any]:
 class DataProvider:
     """The driver's end. Ray keeps what is built until the run ends."""
 
-    def __init__(self, task: Task, *, root: Path, seed: int, retries: int) -> None:
-        self.shared = SharedData(f"heliostat/data/{uuid.uuid4().hex}")
+    def __init__(self, task: Task, *, root: Path, seed: int, retries: int, folder: Path, hang_timeout_s: float) -> None:
+        self.shared = SharedData(f"heliostat/data/{uuid.uuid4().hex}", folder, hang_timeout_s)
         self._task, self._root, self._seed, self._retries = task, root, seed, retries
         self._built: dict[bytes, ObjectRef] = {}
 
@@ -82,7 +92,8 @@ class DataProvider:
         name = self.shared.name(data_args)
         if name in self._built or len(self._built) == SHARED_AT_MOST:
             return
-        call = cloudpickle.dumps((_build, (self._task, dict(data_args), self._seed)))
+        watched = (self.shared.hang_timeout_s, self.shared.note(name))
+        call = cloudpickle.dumps((_build, (self._task, dict(data_args), self._seed, *watched)))
         # Without a CPU: those may all be held by trials that wait for the data.
         task = ray.remote(call_in_worker).options(num_cpus=0, max_retries=self._retries)
         self._built[name] = task.remote(call, self._root, 1)
@@ -94,25 +105,28 @@ class DataProvider:
 
 
 @contextmanager
-def shared_data(task: Task, *, root: Path, seed: int, retries: int) -> Iterator[DataProvider | None]:
-    """A provider for the trials of a search; None where the user's own loop reads its data."""
+def shared_data(
+    task: Task, *, root: Path, seed: int, retries: int, folder: Path, hang_timeout_s: float
+) -> Iterator[DataProvider | None]:
+    """A provider for the trials of a search in `folder`; None where the user's own loop reads its data."""
     if task.train_fn is not None:
         yield None
         return
-    provider = DataProvider(task, root=root, seed=seed, retries=retries)
+    provider = DataProvider(task, root=root, seed=seed, retries=retries, folder=folder, hang_timeout_s=hang_timeout_s)
     try:
         yield provider
     finally:
         provider.forget()
 
 
-def _build(task: Task, data_args: Mapping[str, Any], seed: int) -> Any:
+def _build(task: Task, data_args: Mapping[str, Any], seed: int, hang_timeout_s: float, note: Path) -> Any:
     from heliostat.runtime.packing import pack
     from heliostat.training.seeding import seed_everything
     from heliostat.training.task import build_data
 
     seed_everything(seed)
-    data = build_data(task, data_args)
+    with ended_if_it_hangs(hang_timeout_s, note=note):
+        data = build_data(task, data_args)
     try:
         return pack(data)
     except Exception as error:  # the user's objects may refuse in any way; each process then builds its own

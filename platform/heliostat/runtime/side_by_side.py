@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 
 from heliostat.core.mapping import in_turn
 from heliostat.errors import StageError
+from heliostat.runtime.hang import waiting
 from heliostat.runtime.tasks import DEATHS, attempt, run_task, why_it_died
 
 S = TypeVar("S")
@@ -50,7 +51,8 @@ def side_by_side(
     results: dict[int, R] = {}
     try:
         while running:
-            (done,), _ = ray.wait(list(running), num_returns=1)
+            with waiting():
+                (done,), _ = ray.wait(list(running), num_returns=1)
             index = running.pop(done)
             try:
                 outcome, value = ray.get(done)

@@ -27,6 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.core.imports import use_root
 from heliostat.errors import HeliostatError, StageError
+from heliostat.runtime.hang import waiting
 
 R = TypeVar("R")
 POLL_S = 0.2
@@ -52,8 +53,8 @@ def run_task(
 
     `retries` is how often it runs again after its process died, of which `warn` is told; an exception is never retried.
     `exclusive` holds every CPU of one node, an idle one if there is one, so that nothing else disturbs a measurement;
-    the threads are still those of `held`. Raises KeyboardInterrupt when `cancel` is set, StageError when the function raises or its process
-    dies.
+    the threads are still those of `held`. Raises KeyboardInterrupt when `cancel` is set, StageError when the function
+    raises or its process dies.
     """
     options: dict[str, Any] = {
         "num_cpus": held["CPU"],
@@ -91,9 +92,10 @@ def run_task(
 
 
 def _wait_for(reference: ray.ObjectRef, cancel: threading.Event | None) -> tuple[str, Any]:
-    while not ray.wait([reference], timeout=POLL_S)[0]:
-        if cancel is not None and cancel.is_set():
-            raise KeyboardInterrupt
+    with waiting():
+        while not ray.wait([reference], timeout=POLL_S)[0]:
+            if cancel is not None and cancel.is_set():
+                raise KeyboardInterrupt
     result: tuple[str, Any] = ray.get(reference)
     return result
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
 from heliostat.errors import HeliostatError, StageError
 from heliostat.runtime.elastic import count_workers, forget_lost_nodes, live_nodes, watch_for_room
-from heliostat.runtime.hang import ended_if_it_hangs, where_it_hung
+from heliostat.runtime.hang import NOTE, alive, ended_if_it_hangs, told_where_it_hung
 from heliostat.runtime.mailbox import RemoteReporter, relay
 from heliostat.runtime.shared_data import SharedData
 from heliostat.runtime.tasks import own_traceback, run_task, use_threads, why_it_died
@@ -51,7 +52,7 @@ class TrainWork:
 
     @property
     def hang_note(self) -> Path:
-        return self.folder / ".hang.txt"
+        return self.folder / NOTE
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,11 @@ def train_workers(
     """
     with relay(reporter) as remote:
         work = TrainWork(task, config, resources, seed, root, folder, remote, finish, data)
-        try:
-            if resources.most_workers == 1:
-                held = resources.per_worker
-                options = {"held": held, "retries": retries, "cancel": cancel, "warn": remote.warn}
-                return run_task(_train_alone, work, root=root, **options)
-            return _train_together(work, retries=retries, cancel=cancel)
-        except StageError as error:
-            frames = where_it_hung(work.hang_note)
-            if frames is None:
-                raise
-            too_long = f"no step for {resources.hang_timeout_s} s (resources.hang_timeout_s)"
-            raise StageError(f"the worker hangs: {too_long}; it was here, innermost first:\n{frames}") from error
+        with told_where_it_hung(resources.hang_timeout_s, note=work.hang_note):
+            if resources.most_workers > 1:
+                return _train_together(work, retries=retries, cancel=cancel)
+            alone = partial(run_task, root=root, held=resources.per_worker, retries=retries)
+            return alone(_train_alone, work, cancel=cancel, warn=remote.warn)
 
 
 def _train_alone(work: TrainWork) -> Any:
@@ -129,7 +123,7 @@ def _run(work: TrainWork, *, rank: int, size: int) -> Any:
         return grows or work.reporter.is_asked_to_stop()
 
     work.hang_note.unlink(missing_ok=True)
-    with _watch(work, size=size) as alive:
+    with _watch(work, size=size):
         fitted = run_training(
             work.task,
             work.config,
@@ -146,10 +140,10 @@ def _run(work: TrainWork, *, rank: int, size: int) -> Any:
     return work.finish(fitted) if work.finish else fitted
 
 
-def _watch(work: TrainWork, *, size: int) -> AbstractContextManager[Callable[[], None]]:
-    """Several workers miss one that hangs; one alone is watched, and calls what it is given to show that it lives."""
+def _watch(work: TrainWork, *, size: int) -> AbstractContextManager[None]:
+    """Several workers miss one that hangs; one alone is watched."""
     if size > 1:
-        return nullcontext(lambda: None)
+        return nullcontext()
     return ended_if_it_hangs(work.resources.hang_timeout_s, note=work.hang_note)
 
 

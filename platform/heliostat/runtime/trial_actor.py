@@ -26,6 +26,7 @@ from heliostat.core.stage import Unheard
 from heliostat.errors import HeliostatError
 from heliostat.runtime.appraisal import Appraisal, Appraiser, OnEpoch
 from heliostat.runtime.gate import gate_of_this_node
+from heliostat.runtime.hang import NOTE, ended_if_it_hangs, waiting
 from heliostat.runtime.journal import Row
 from heliostat.runtime.making import Making
 from heliostat.runtime.shared_data import SharedData
@@ -58,6 +59,9 @@ class TrialWork:
     """What trials are compared by, where the figures of their epochs are not all."""
     making: Making | None = None
     """What trials do instead of training; `train` then says how the model was trained that they start from."""
+
+    def hang_note(self, trial: str) -> Path:
+        return self.folder / f".{trial}{NOTE}"
 
 
 class BadTrialError(HeliostatError):
@@ -151,14 +155,20 @@ class TrialRun:
 
 def train_trial(work: TrialWork, trial: str, params: Mapping[str, Any], seed: int, on_epoch: OnEpoch) -> None:
     """Do a trial's work with `params`, from a state in which no earlier trial can be seen."""
-    if work.making is not None:
-        _make_here(work, work.making, params, seed, on_epoch)
-        return
-    config = overlay(work.train, params)
-    if work.resources.workers_per_trial > 1:
+    config = overlay(work.train, params) if work.making is None else work.train
+    if work.making is None and work.resources.workers_per_trial > 1:
         _train_together(work, trial, config, seed, on_epoch)
-    else:
-        _train_here(work, config, seed, on_epoch)
+        return
+
+    def on_row(epoch: int, row: Mapping[str, float]) -> bool:
+        with waiting():  # for the verdict
+            return on_epoch(epoch, row)
+
+    with ended_if_it_hangs(work.resources.hang_timeout_s, note=work.hang_note(trial)):
+        if work.making is not None:
+            _make_here(work, work.making, params, seed, on_row)
+        else:
+            _train_here(work, config, seed, on_row)
 
 
 def _train_here(work: TrialWork, config: TrainConfig, seed: int, on_epoch: OnEpoch) -> None:

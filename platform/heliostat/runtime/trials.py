@@ -32,6 +32,7 @@ from heliostat.errors import ResourceError, StageError
 from heliostat.runtime.appraisal import Appraisal
 from heliostat.runtime.engines import Engine, engines
 from heliostat.runtime.failures import commonest
+from heliostat.runtime.hang import why_it_hung
 from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Budget, Cause, Ledger
 from heliostat.runtime.making import Distinct, Making
@@ -211,8 +212,8 @@ class _TuneSearcher(Searcher):  # type: ignore[misc]
 class _TuneCallback(tune.Callback):  # type: ignore[misc]
     """Tells the ledger, and leaves little of a trial behind: Tune holds every trial until the search ends."""
 
-    def __init__(self, ledger: Ledger, judge: Scheduler | None) -> None:
-        self._ledger, self._judge = ledger, judge
+    def __init__(self, ledger: Ledger, judge: Scheduler | None, work: TrialWork) -> None:
+        self._ledger, self._judge, self._work = ledger, judge, work
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -231,7 +232,9 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
         self._ledger.restarted(trial.config["trial"])
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._ledger.ended(trial.config["trial"], "failed", _why_lost(trial))
+        name = trial.config["trial"]
+        hung = why_it_hung(self._work.resources.hang_timeout_s, note=self._work.hang_note(name))
+        self._ledger.ended(name, "failed", hung or _why_lost(trial))
 
 
 def _why_lost(trial: Trial) -> str:
@@ -296,7 +299,7 @@ def _run_tune(
             resources_per_trial=tune.PlacementGroupFactory([held]),
             reuse_actors=True,
             stop=_Over(ledger, cancel),
-            callbacks=[_TuneCallback(ledger, judge)],
+            callbacks=[_TuneCallback(ledger, judge, work)],
             storage_path=scratch,
             raise_on_failed_trial=False,
             verbose=0,

@@ -177,7 +177,15 @@ def _search(context: StageContext, config: CompressConfig, source: Artifact, obj
     )
     algorithm, trials = config.method
     assert context.cancel is not None
-    with shared_data(context.task, root=context.root, seed=context.seed, retries=context.retries) as provider:
+    shared = shared_data(
+        context.task,
+        root=context.root,
+        seed=context.seed,
+        retries=context.retries,
+        folder=context.folder,
+        hang_timeout_s=context.resources.hang_timeout_s,
+    )
+    with shared as provider:
         if provider:
             provider.provide(recipe.data_args)  # at once: it is built while this process imports Ray Tune
         return search(

@@ -1,6 +1,7 @@
 """One trial of a search run again, by what the search's journal says of it."""
 
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,18 @@ def rerun(context: StageContext, config: TuneConfig, then: "TrialRecord") -> "Re
 
     objectives = objectives_of(config, context.task.metric_modes)
     concurrent_trials(context.resources)
-    shared = shared_data(context.task, root=context.root, seed=context.seed, retries=context.retries)
-    with shared as provider, tempfile.TemporaryDirectory(prefix=".rerun-", dir=context.folder.parent) as scratch:
+    with ExitStack() as stack:
+        # Where all machines of a cluster see it.
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".rerun-", dir=context.folder.parent)))
+        shared = shared_data(
+            context.task,
+            root=context.root,
+            seed=context.seed,
+            retries=context.retries,
+            folder=folder,
+            hang_timeout_s=context.resources.hang_timeout_s,
+        )
+        provider = stack.enter_context(shared)
         if provider:
             provider.provide(data_args_of(config.train, then.params))
         work = TrialWork(
@@ -58,7 +69,7 @@ def rerun(context: StageContext, config: TuneConfig, then: "TrialRecord") -> "Re
             metric=objectives.first.metric,
             rungs=(),
             root=context.root,
-            folder=Path(scratch),  # where all machines of a cluster see it
+            folder=folder,
             resources=context.resources,
             data=provider.shared if provider else None,
             retries=context.retries,

@@ -44,16 +44,20 @@ def _explain_strategy(config: TrainConfig, view: ConfigView) -> Mapping[str, str
     strategy, resources = config.strategy, view.resources
     if strategy.name in ("single", "ddp") or resources.workers == 1:
         return {}
-    if view.task.train_fn is not None and strategy.name == "auto":
-        return {"strategy": "auto takes ddp: the optimizer is task.train_fn's own"}
     if view.inputs.get("params"):
         return {"strategy": f"{strategy.name}, of the model that the search finds"}
     model, workers = view.functions["model"], resources.workers
     if strategy.name == "auto":
         from heliostat.training.strategies.forecast import forecast
 
-        own_step = view.task.train_step is not None
-        return forecast(model, config, workers=workers, gpus_per_worker=resources.gpus_per_worker, own_step=own_step)
+        return forecast(
+            model,
+            config,
+            workers=workers,
+            gpus_per_worker=resources.gpus_per_worker,
+            own_step=view.task.train_step is not None,
+            own_loop=view.task.train_fn is not None,
+        )
     from heliostat.training.strategies.preview import preview
 
     return {"strategy": preview(model, config, workers=workers)}

@@ -5,6 +5,7 @@ the optimizer are spread as the parameters are, and gradients are averaged as `b
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -17,19 +18,38 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from heliostat.errors import StageError
 from heliostat.training.config import StrategyConfig, TpConfig, TrainConfig
 from heliostat.training.strategies import parallelize
+from heliostat.training.strategies.auto import choose_for_own_loop
+from heliostat.training.strategies.choice import Choice
 from heliostat.training.strategies.gradients import is_spread, local, whole
 from heliostat.training.strategies.replicated import replicate
 from heliostat.training.world import World
 
-Undo = Callable[[], None]
 Stale = Mapping[int, "ref[nn.Parameter]"]
 
 
-def spread_for_own_loop(model: nn.Module, config: TrainConfig, world: World) -> tuple[nn.Module, World, Undo]:
-    """The model to call, the workers that share each batch, and what takes the hooks away when the loop is over."""
-    if config.strategy.is_replicated:
-        return replicate(model, world), world, lambda: None
-    before, strategy = list(model.parameters()), config.strategy
+@dataclass(frozen=True)
+class OwnModel:
+    """A model as the user's loop gets it."""
+
+    module: nn.Module
+    """The one to call."""
+    data: World
+    """The workers that share each batch."""
+    undo: Callable[[], None] = lambda: None
+    """Takes the hooks away when the loop is over."""
+    choice: Choice | None = None
+    """What `auto` took."""
+
+
+def spread_for_own_loop(model: nn.Module, config: TrainConfig, world: World) -> OwnModel:
+    """Apply the config's strategy, or the one that `auto` takes for the model."""
+    choice, strategy = None, config.strategy
+    if strategy.name == "auto":
+        choice = choose_for_own_loop(model, config, world)
+        strategy = choice.strategy
+    if strategy.is_replicated:
+        return OwnModel(replicate(model, world), world, choice=choice)
+    before = list(model.parameters())
     if strategy.name == "tp":
         strategy = _with_plain_names(model, strategy, world.size)
     parallel = parallelize(model, strategy, world, batch_size=config.batch_size, example=_no_example)
@@ -42,7 +62,7 @@ def spread_for_own_loop(model: nn.Module, config: TrainConfig, world: World) -> 
                 average = partial(_average_gradient, parallel.data)
                 parameter.register_post_accumulate_grad_hook(average)  # type: ignore[no-untyped-call]
     handle = register_optimizer_step_pre_hook(partial(_before_step, stale))
-    return parallel.module, parallel.data, handle.remove
+    return OwnModel(parallel.module, parallel.data, handle.remove, choice)
 
 
 def _with_plain_names(model: nn.Module, strategy: StrategyConfig, workers: int) -> StrategyConfig:

@@ -22,6 +22,7 @@ from heliostat.training.config import TrainConfig
 from heliostat.training.own_model import spread_for_own_loop, whole_checkpoint
 from heliostat.training.progress import Fit, OnEpoch, Progress, is_better, read_on_first_worker
 from heliostat.training.seeding import seed_everything
+from heliostat.training.strategies.choice import Choice
 from heliostat.training.strategies.gradients import clip_gradients
 from heliostat.training.strategies.parallel import copy_on_cpu
 from heliostat.training.task import Objective, build_objective
@@ -57,6 +58,7 @@ class TrainContext:
         self._progress = Progress()
         self._checkpoint_epochs: list[int] = []
         self._best_state: dict[str, Tensor] | None = None
+        self._choice: Choice | None = None
         self._row_started = time.perf_counter()
 
     def prepare(self, model: nn.Module, loader: DataLoader[Any]) -> tuple[nn.Module, DataLoader[Any]]:
@@ -65,9 +67,10 @@ class TrainContext:
         The loader's batch size is the global one. Under `fsdp` and `tp` the model has new parameters, so the optimizer
         is made after this. Raises StageError for a loader that several workers cannot share.
         """
-        model, data, undo = spread_for_own_loop(model, self._config, self._world)
-        self.ended.callback(undo)
-        return model, _share_loader(loader, self._world, data)
+        own = spread_for_own_loop(model, self._config, self._world)
+        self.ended.callback(own.undo)
+        self._choice = own.choice
+        return own.module, _share_loader(loader, self._world, own.data)
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
         """`torch.nn.utils.clip_grad_norm_` that also takes a model of which only some layers are split."""
@@ -138,7 +141,8 @@ class TrainContext:
                 "task.train_fn reported no checkpoint, so there is no model to keep; "
                 "pass one with the metrics: context.report(metrics, checkpoint=model.state_dict())"
             )
-        return progress.fit(state=self._best_state or {}, choice={})
+        choice = self._choice.record() if self._choice else {}
+        return progress.fit(state=self._best_state or {}, choice=choice)
 
     def _beats(self, best: Mapping[str, float] | None) -> bool:
         """Whether the newest row is better than the best of its rivals. Without a figure to compare, it is."""

@@ -60,6 +60,19 @@ def choose_strategy(
     return replace(taken, strategy=went_on, reason=f"it goes on from checkpoints of {went_on.name}'s form")
 
 
+def choose_for_own_loop(model: nn.Module, config: TrainConfig, world: World) -> Choice:
+    """What `auto` takes under the user's own loop, by what can be known there: the weights, and `config.optimizer`.
+
+    What the loop computes, and so its activations, is its own; and any strategy takes up its checkpoints.
+    """
+    if world.size == 1:
+        return Choice(StrategyConfig(name="single"), "there is one worker")
+    devices = devices_of(world)
+    choice = weigh(model, config, devices, None, own_step=False, own_loop=True) if world.rank == 0 else None
+    taken: Choice = from_first_worker(choice, world=world)
+    return taken
+
+
 def measure(
     model: nn.Module,
     device: torch.device,
@@ -82,6 +95,7 @@ def weigh(
     measured: Activations | None,
     *,
     own_step: bool,
+    own_loop: bool = False,
     example: Callable[[], torch.Tensor] | None = None,
 ) -> Choice:
     """Choose for a model, which may lie on the meta device. Without an `example`, it is trusted to be a chain."""
@@ -89,7 +103,8 @@ def weigh(
     workers = len(devices)
     parts, refused = None, {}
     if not fits_whole(found, devices, share_of(config.batch_size, workers, config.accumulate_steps)):
-        refused = {name: why for name in ("fsdp", "tp", "pp") if (why := _refusal(config, name, workers, own_step))}
+        own = {"own_step": own_step, "own_loop": own_loop}
+        refused = {name: why for name in ("fsdp", "tp", "pp") if (why := _refusal(config, name, workers, **own))}
         parts = _parts(model, config, devices, refused, example)
     return choose(
         found,
@@ -101,9 +116,9 @@ def weigh(
     )
 
 
-def _refusal(config: TrainConfig, name: str, workers: int, own_step: bool) -> str | None:
+def _refusal(config: TrainConfig, name: str, workers: int, *, own_step: bool, own_loop: bool) -> str | None:
     asked = config.model_copy(update={"strategy": StrategyConfig.model_validate(name)})
-    problems = why_not_spread(asked, workers=workers, own_loop=False, own_step=own_step)
+    problems = why_not_spread(asked, workers=workers, own_loop=own_loop, own_step=own_step)
     return next(iter(problems), None)
 
 

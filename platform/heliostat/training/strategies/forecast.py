@@ -24,7 +24,13 @@ def on_meta(build_model: Callable[..., Any], config: TrainConfig) -> nn.Module |
 
 
 def forecast(
-    build_model: Callable[..., Any], config: TrainConfig, *, workers: int, gpus_per_worker: float, own_step: bool
+    build_model: Callable[..., Any],
+    config: TrainConfig,
+    *,
+    workers: int,
+    gpus_per_worker: float,
+    own_step: bool,
+    own_loop: bool = False,
 ) -> Mapping[str, str]:
     """What `auto` would take on this machine, the reason, and the memory that it goes by."""
     model = on_meta(build_model, config)
@@ -33,9 +39,13 @@ def forecast(
     devices = _devices_here(workers, gpus_per_worker)
     if not devices:
         return {"strategy": "auto; what it takes is known when it trains: this machine has no GPU to go by"}
-    found = _activations(model, config, own_step=own_step)
-    choice = weigh(model, config, devices, found, own_step=own_step)
-    missing = "" if found else "; the activations, for which strategy.auto.sample would do, are counted when it trains"
+    found = None if own_loop else _activations(model, config, own_step=own_step)
+    choice = weigh(model, config, devices, found, own_step=own_step, own_loop=own_loop)
+    missing = "; the activations, for which strategy.auto.sample would do, are counted when it trains"
+    if own_loop:
+        missing = "; of task.train_fn it knows the weights alone, and config.optimizer, but not what it computes"
+    elif found:
+        missing = ""
     return {
         "strategy": f"auto takes {choice.mesh} on this machine: {choice.reason}{missing}",
         "memory of a worker": "\n" + choice.table(),
