@@ -110,6 +110,7 @@ def _run_plan(planned: Plan, mirror: Mirror, *, address: str | None, view: View)
         with session.start(address, log=log, root=pipeline.root, preload=preload) as ray:
             where = "this machine" if address is None else f"the cluster at {address}"
             check_fits(planned, ray.capacity(), where=where)
+            ray.check_is_shared(pipeline.storage_folder, is_bucket=pipeline.bucket_url is not None)
             history = tracked.enter_context(History.open(planned, key, view.note, cut_off))
             outcomes, interrupted = Execution(planned, history, mirror, view).run()
             failed = any(o.status in {"failed", "skipped"} for o in outcomes)

@@ -2,10 +2,6 @@
 
 import io
 import json
-import os
-import signal
-import subprocess
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -78,29 +74,16 @@ def test_another_machine_fetches_the_files_that_it_needs_and_no_others(machine, 
 
 
 @pytest.mark.slow
-def test_a_lost_machine_is_replaced_and_search_and_training_go_on(machine, heliostat, s3, eventually, processes_with):
+def test_a_lost_machine_is_replaced_and_search_and_training_go_on(machine, heliostat, s3, kill_when):
     space = {"optimizer.lr": {"loguniform": [0.001, 0.1]}}
     stages = [
         {"name": "search", "uses": "tune", "config": {"trials": 4, "space": space, "train": {"epochs": 1}}},
         {"name": "train", "uses": "train", "inputs": {"params": "search"}, "config": {"epochs": 8}},
     ]
 
-    def kill_when(toy, moment, what):
-        mark = f"TOY_FOLDER={toy.folder}"
-        process = subprocess.Popen(
-            [*heliostat.command, "run", toy.file, *STORAGE],
-            env={**heliostat.environment, "TOY_FOLDER": str(toy.folder)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            eventually(moment, what, unless=lambda: process.poll() is not None)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        eventually(lambda: not processes_with(mark), "processes outlive their driver", timeout_s=150)
+    def killed_when(toy, moment, what):
+        options = {"cwd": toy.folder, "moment": moment, "what": what, "TOY_FOLDER": str(toy.folder)}
+        kill_when(heliostat, "run", toy.file, *STORAGE, **options)
 
     def journal():
         keys = [key for key in s3.objects() if key.endswith("journal.jsonl")]
@@ -110,9 +93,9 @@ def test_a_lost_machine_is_replaced_and_search_and_training_go_on(machine, helio
     def ended():
         return {event["id"]: event for event in journal() if event["event"] == "ended"}
 
-    kill_when(machine("a", stages, slow=True), lambda: len(ended()) >= 2, "two trials are in the bucket")
+    killed_when(machine("a", stages, slow=True), lambda: len(ended()) >= 2, "two trials are in the bucket")
     ended_at_kill = ended()
-    kill_when(machine("b", stages, slow=True), lambda: any("/epoch-00003" in key for key in s3.objects()), "epochs")
+    killed_when(machine("b", stages, slow=True), lambda: any("/epoch-00003" in key for key in s3.objects()), "epochs")
     assert ended_at_kill.items() <= ended().items()
     newest = max(key for key in s3.objects() if "/epoch-" in key)
     content = s3.client.get_object(Bucket="models", Key=newest)["Body"].read()

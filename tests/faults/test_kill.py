@@ -5,12 +5,10 @@ untouched, trials built once, epochs with the very durations that the killed pro
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,35 +39,17 @@ TUNE_EPOCHS = 6
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory, toy_in, heliostat_in, eventually, processes_with):
+def story(tmp_path_factory, toy_in, heliostat_in, kill_when):
     """The run, killed three times and then finished; what was there at each kill."""
     toy = toy_in(tmp_path_factory.mktemp("kill") / "toy")
     toy.module.write_text(toy.module.read_text() + SLOW)
     toy.write(pipeline())
     cli = heliostat_in(toy.folder)
     builds = toy.folder / "builds.txt"
-    mark = f"TOY_BUILDS={builds}"
-    environment = {**cli.environment, "TOY_BUILDS": str(builds)}
     store = toy.folder / ".heliostat" / "toy"
 
-    def kill_when(moment, what):
-        process = subprocess.Popen(
-            [*cli.command, "run", "toy.yaml"],
-            cwd=toy.folder,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            eventually(moment, what, unless=lambda: process.poll() is not None)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-        output = process.communicate()[1]
-        eventually(lambda: not processes_with(mark), "processes outlive their driver", timeout_s=150)
-        return output
+    def killed_when(moment, what):
+        return kill_when(cli, "run", "toy.yaml", cwd=toy.folder, moment=moment, what=what, TOY_BUILDS=str(builds))
 
     def journal():
         text = "".join(path.read_text() for path in store.glob("search/*/journal.jsonl"))
@@ -80,22 +60,22 @@ def story(tmp_path_factory, toy_in, heliostat_in, eventually, processes_with):
         return max((int(name[6:11]) for name in names), default=0)
 
     told = SimpleNamespace(toy=toy, store=store, output=[])
-    told.output += [kill_when(lambda: sum(e["event"] == "ended" for e in journal()) >= 2, "two trials have ended")]
+    told.output += [killed_when(lambda: sum(e["event"] == "ended" for e in journal()) >= 2, "two trials have ended")]
     told.journal_at_kill, told.builds_at_kill = journal(), builds.read_text().split()
 
-    told.output += [kill_when(lambda: epochs("train") >= 2, "training has two epochs")]
+    told.output += [killed_when(lambda: epochs("train") >= 2, "training has two epochs")]
     told.journal, told.builds_of_search = journal(), builds.read_text().split()
     told.trained_at_kill = history_at_kill(store / "train")
     told.records_at_kill = records(store)
 
-    told.output += [kill_when(lambda: epochs("prune") >= 2, "fine-tuning has two epochs")]
+    told.output += [killed_when(lambda: epochs("prune") >= 2, "fine-tuning has two epochs")]
     told.tuned_at_kill = history_at_kill(store / "prune")
     told.records_at_third_kill = records(store)
 
     told.last = subprocess.run(
         [*cli.command, "run", "toy.yaml", "--json"],
         cwd=toy.folder,
-        env=environment,
+        env={**cli.environment, "TOY_BUILDS": str(builds)},
         capture_output=True,
         text=True,
         timeout=300,

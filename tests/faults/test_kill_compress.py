@@ -1,11 +1,8 @@
 """`kill -9` of everything in a search over chains, and the same command again: only what was unfinished is made."""
 
 import json
-import os
-import signal
 import subprocess
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -44,7 +41,7 @@ PASSES = [
 
 
 @pytest.mark.slow
-def test_links_that_were_made_are_not_made_again(toy, heliostat_in, eventually, processes_with):
+def test_links_that_were_made_are_not_made_again(toy, heliostat_in, kill_when):
     toy.module.write_text(toy.module.read_text() + COUNTED)
     document = toy.document
     config = {"max_drop": {"val_accuracy": 1.0}, "trials": 12, "passes": PASSES}
@@ -54,35 +51,28 @@ def test_links_that_were_made_are_not_made_again(toy, heliostat_in, eventually, 
     ]
     toy.write(document)
     cli, trainings = heliostat_in(toy.folder), toy.folder / "trainings.txt"
-    environment = {**cli.environment, "TOY_TRAININGS": str(trainings)}
 
     def made():
         """The folders of the models that are pruned and done."""
         found = toy.folder.glob(".heliostat/toy/small/*/chains/*/made.json")
         return [path.parent for path in found if (path.parent / "weights.pt").exists()]
 
-    process = subprocess.Popen(
-        [*cli.command, "run", "toy.yaml"],
+    kill_when(
+        cli,
+        "run",
+        "toy.yaml",
         cwd=toy.folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        moment=lambda: len(made()) >= 2,
+        what="two models are pruned",
+        TOY_TRAININGS=str(trainings),
     )
-    try:
-        eventually(lambda: len(made()) >= 2, "two models are pruned", unless=lambda: process.poll() is not None)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    eventually(lambda: not processes_with(f"TOY_TRAININGS={trainings}"), "processes outlive their driver")
     weights = [torch.load(folder / "weights.pt", weights_only=True) for folder in made()]
     sizes = [sum(tensor.numel() for tensor in tensors.values()) for tensors in weights]
 
     done = subprocess.run(
         [*cli.command, "run", "toy.yaml", "--json"],
         cwd=toy.folder,
-        env=environment,
+        env={**cli.environment, "TOY_TRAININGS": str(trainings)},
         capture_output=True,
         text=True,
         timeout=300,

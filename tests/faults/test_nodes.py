@@ -1,38 +1,12 @@
 """Nodes of a cluster that come and go, the latter by SIGKILL, while workers train on them."""
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-WATCHED = """
-
-import os
-import time
-from pathlib import Path
-
-import ray
-
-quick_accuracy, plain_model, folder = accuracy, build_model, Path({folder!r})
-
-
-def build_model(width=16):
-    if "WORLD_SIZE" in os.environ:
-        with open(folder / "builds.txt", "a") as file:
-            file.write(f"{{os.environ['WORLD_SIZE']}} {{ray.get_runtime_context().get_node_id()}}\\n")
-    return plain_model(width)
-
-
-def accuracy(outputs, targets):
-    time.sleep(0 if (folder / "hurry").exists() else 0.5)
-    return quick_accuracy(outputs, targets)
-"""
 EPOCHS = 120
 """Half a second each, until the test is in a hurry."""
 
@@ -85,100 +59,96 @@ def nodes(tmp_path_factory):
     cluster.end()
 
 
-class Training:
-    """The toy's training on the cluster, watched while it runs."""
-
-    def __init__(self, toy, heliostat, nodes, eventually, **fields) -> None:
-        toy.module.write_text(toy.module.read_text() + WATCHED.format(folder=str(toy.folder)))
-        document = toy.document
-        fields["resources"]["custom_resources"] = {"seat": 1}
-        document["stages"] = [
-            {"name": "train", "uses": "train", "config": {"epochs": EPOCHS, "strategy": "ddp"}, **fields}
-        ]
-        toy.write(document)
-        self._folder, self._eventually = toy.folder, eventually
-        self._process = subprocess.Popen(
-            [*heliostat.command, "run", str(toy.file), "--address", nodes.address, "--json"],
-            env=nodes.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def builds(self) -> list[tuple[int, str]]:
-        """The number of workers and the node of each time that a worker began."""
-        file = self._folder / "builds.txt"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return [(int(size), node) for size, node in map(str.split, lines)]
-
-    def epoch(self) -> int:
-        """That of the newest checkpoint."""
-        return max((int(path.name[6:11]) for path in self._checkpoints()), default=0)
-
-    def _checkpoints(self) -> list[Path]:
-        return list(self._folder.glob(".heliostat/toy/train/*/checkpoints/epoch-*.pt"))
-
-    def goes_on(self, *, num_epochs: int = 2) -> None:
-        """Wait for so many epochs more."""
-        until = self.epoch() + num_epochs
-        self.waits_for(lambda: self.epoch() >= until, f"epoch {until}")
-
-    def waits_for(self, condition, what: str) -> None:
-        started = time.monotonic()
-        self._eventually(condition, what, unless=lambda: self._process.poll() is not None)
-        print(f"{what} after {time.monotonic() - started:.1f} s")
-
-    def finish(self) -> str:
-        """Let it end soon; what it printed."""
-        (self._folder / "hurry").touch()
-        printed, said = self._process.communicate(timeout=240)
-        assert self._process.returncode == 0, said
-        return printed
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
-
-
 @pytest.fixture
-def train(toy, heliostat, nodes, eventually):
-    started = []
+def training(watched, nodes):
+    """One on the cluster, each of its workers on a seat."""
+    training = watched(nodes.environment)
 
-    def train(**fields):
-        started.append(Training(toy, heliostat, nodes, eventually, **fields))
-        return started[-1]
+    def start(*, resources, **stage) -> None:
+        resources["custom_resources"] = {"seat": 1}
+        config = {"epochs": EPOCHS, "strategy": "ddp"}
+        begin("--address", nodes.address, config=config, resources=resources, **stage)
 
-    yield train
-    for training in started:
-        training.kill()
+    begin, training.start = training.start, start
+    return training
 
 
-def history(printed: str) -> list[dict[str, float]]:
-    (node,) = json.loads(printed)["nodes"]
-    return json.loads((Path(node["path"]) / "record.json").read_text())["details"]["history"]
+def steps(rows) -> list[int]:
+    return [step for step, _ in rows]
 
 
 @pytest.mark.slow
-def test_an_elastic_training_shrinks_when_a_node_leaves_and_grows_when_one_comes(train, nodes, tracked):
-    training = train(resources={"workers": {"min": 1, "max": 2}})
+def test_an_elastic_training_shrinks_when_a_node_leaves_and_grows_when_one_comes(training, nodes, tracked, details):
+    training.start(resources={"workers": {"min": 1, "max": 2}})
     training.waits_for(lambda: training.epoch() >= 2, "two epochs")
-    assert [size for size, _ in training.builds()] == [2, 2]
+    assert [worker.size for worker in training.workers()] == [2, 2]
 
-    nodes.kill(training.builds()[0][1])
-    training.waits_for(lambda: len(training.builds()) == 3, "one worker goes on")
-    assert training.builds()[2][0] == 1
+    nodes.kill(training.workers()[0].node)
+    training.waits_for(lambda: len(training.workers()) == 3, "one worker goes on")
+    assert training.workers()[2].size == 1
     training.goes_on()
 
     nodes.add()
-    training.waits_for(lambda: len(training.builds()) == 5, "two workers go on")
-    assert [size for size, _ in training.builds()[3:]] == [2, 2]
+    training.waits_for(lambda: len(training.workers()) == 5, "two workers go on")
+    assert [worker.size for worker in training.workers()[3:]] == [2, 2]
     training.goes_on()
 
-    printed = training.finish()
+    printed, _ = training.finish()
     workers = tracked(printed, "train", "workers")
-    assert [step for step, _ in workers] == list(range(1, EPOCHS + 1))
+    assert steps(workers) == list(range(1, EPOCHS + 1))
     sizes = [size for _, size in workers]
     assert [size for n, size in enumerate(sizes) if n == 0 or size != sizes[n - 1]] == [2, 1, 2]
-    assert len(history(printed)) == EPOCHS
+    assert len(details(printed)["history"]) == EPOCHS
+
+
+@pytest.mark.slow
+def test_a_training_whose_node_was_lost_goes_on_on_another_as_one_of_its_retries(training, nodes, tracked, details):
+    training.start(resources={"workers": 2}, retries=1)
+    training.waits_for(lambda: training.epoch() >= 2, "two epochs")
+    replacement, lost, kept = nodes.add(), training.workers()[0].node, training.history()
+    nodes.kill(lost)
+    training.waits_for(lambda: len(training.workers()) == 4, "two more began")
+    assert {worker.node for worker in training.workers()[2:]} == {replacement, training.workers()[1].node}
+    training.goes_on()
+
+    printed, said = training.finish()
+    history = details(printed)["history"]
+    assert history[: len(kept)] == kept  # to the microsecond of each epoch's duration
+    assert len(history) == EPOCHS
+    assert steps(tracked(printed, "train", "val_loss")) == [*range(1, EPOCHS + 1), EPOCHS + 1]
+    assert said.count("training goes on from its last checkpoint") == 1
+
+
+@pytest.fixture
+def blind_node(toy, nodes):
+    """A node that has a disk of its own where the others have the toy's store. Only root may make one."""
+    store = toy.folder / ".heliostat"
+    store.mkdir()
+    ray = Path(sys.executable).with_name("ray")
+    start = f"mount -t tmpfs tmpfs {store} && exec {ray} start --address {nodes.address} --num-cpus 1 --block"
+    command = ["unshare", "--mount", "--kill-child", "--fork", "sh", "-c", start]
+    process = subprocess.Popen(
+        command, env=nodes.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:
+        if "--block" in line:
+            break
+    else:
+        pytest.skip("needs the right to mount a file system")
+    yield
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.slow
+def test_a_run_whose_folder_another_machine_does_not_see_is_refused_before_anything_starts(
+    toy, heliostat, nodes, blind_node, s3
+):
+    arguments = [*heliostat.command, "run", str(toy.file), "--address", nodes.address]
+    environment = {**nodes.environment, **s3.environment}
+    for more, said in (([], "all of them share\n"), (["--set", "storage=s3://models/team"], "and sends from there\n")):
+        done = subprocess.run([*arguments, *more], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert f"error: storage: 1 of 4 nodes do not see this machine's {toy.folder / '.heliostat'}" in done.stderr
+        assert said in done.stderr
+        assert "search: starts" not in done.stderr

@@ -40,6 +40,13 @@ class Session:
     def capacity(self) -> Capacity:
         return cluster_capacity()
 
+    def check_is_shared(self, folder: Path, *, is_bucket: bool) -> None:
+        """Raises SpecError where another machine of the cluster does not see a folder of this one."""
+        from heliostat.runtime.shared_disk import check_is_shared
+
+        if not self.embedded:
+            check_is_shared(folder, is_bucket=is_bucket)
+
 
 def cluster_capacity() -> Capacity:
     """That of the nodes there are now."""

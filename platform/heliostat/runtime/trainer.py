@@ -193,8 +193,9 @@ def _fit(work: TrainWork, retries: int) -> Any:
         except _WorkersDiedError as error:
             if is_cancelled():
                 raise
-            if resources.is_elastic:
-                forget_lost_nodes()
+            if retries == 0 and not resources.is_elastic:
+                raise
+            forget_lost_nodes()
             if not (resources.is_elastic and nodes - live_nodes().keys()):
                 if retries == 0:
                     raise
