@@ -117,16 +117,16 @@ class BucketMirror:
 
     def try_out(self) -> None:
         """See `try_bucket`."""
-        path, content = Path(f".tried-{uuid.uuid4().hex}"), b"heliostat"
-        key = self._key(path)
+        folder, content = Path(f".tried-{uuid.uuid4().hex}"), b"heliostat"
+        key = self._key(folder / "object")
         with self._reached(doing="cannot be written"), self._bucket.open_output_stream(key) as sink:
             sink.write(content)
         with self._reached(doing="cannot be listed"):
-            found = [there.path for there in self._bucket.get_file_info(self._below(Path()))]
+            found = [there.path for there in self._bucket.get_file_info(self._below(folder))]
         with self._reached(doing="cannot be read"), self._bucket.open_input_stream(key) as source:
             is_same = source.read() == content
         with self._reached(doing="what is there cannot be deleted"):
-            self._bucket.delete_file(key)
+            self._bucket.delete_dir(self._key(folder))
         if not is_same or key not in found:
             raise ArtifactError(f"storage: {self._url}: what was written is not what is there")
 

@@ -63,15 +63,17 @@ def test_a_log_has_a_line_for_each_thing_that_happens(planned):
         view.began(planned, log=Path("/store/logs/toy.log"))
         view.started(train)
         view.progress(train, {"epoch": 1})
+        view.warned(train, "checkpoint 7 is damaged")
         view.note("stopping: what is finished is kept")
         view.made(train, {"val_accuracy": 0.97456, "num_params": 10})
         view.ended(DONE)
         view.ended(FAILED)
     lines = [line[9:] for line in console.file.getvalue().splitlines()]
-    assert lines[:7] == [
+    assert lines[:8] == [
         "toy: 10 nodes, 10 to run, 0 reused",
         "what Ray says is kept in /store/logs/toy.log",
         "train: starts (first run)",
+        "train: warning: checkpoint 7 is damaged",
         "stopping: what is finished is kept",
         "train: made, to be measured for speed: val_accuracy 0.9746",
         "train: done in 12 s: val_accuracy 0.9746, latency_ms 0.25",
@@ -89,8 +91,10 @@ def test_a_terminal_has_a_row_for_each_node_that_ends_as_it_became(planned):
         view.progress(search, {"running": 2})
         view.ended(DONE)
         view.started(train)
+        view.warned(train, "checkpoint 7 is damaged")
         view.ended(FAILED)
         view.ended(outcome("int8[train]", "skipped", error="needs train"))
+    assert "train: warning: checkpoint 7 is damaged\n" in console.file.getvalue()
     last = console.file.getvalue().rpartition("what Ray says")[2]
     for words in (
         ("search", "1/4 trials, 2 running"),

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -88,6 +89,18 @@ def test_a_trial_whose_process_died_begins_anew_as_often_as_it_may(run, tmp_path
         "0001": [1, 2],
         "0002": [1, 2],
     }
+
+
+def test_a_trial_that_hangs_has_failed_and_is_told_where_it_was(run, tmp_path):
+    resources = Resources(max_concurrent_trials=1, hang_timeout_s=2)
+    outcome = run(
+        algorithm="grid", space={"model_args.hang": {"grid": [str(tmp_path / "h"), None]}}, resources=resources
+    )
+    assert [trial.status for trial in outcome.trials] == ["failed", "done"]
+    expected = (
+        r"it hangs: no sign of life for 2 s \(resources.hang_timeout_s\); .*:\n.*toy\.py\", line \d+ in build_model"
+    )
+    assert re.match(expected, outcome.trials[0].reason)
 
 
 def test_a_process_that_dies_each_time_is_a_failed_trial_and_bad_code_is_not_tried_again(run, tmp_path):

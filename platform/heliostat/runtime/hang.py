@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 from heliostat.core.stage import StageContext, StageResult, call_stage
@@ -34,9 +33,9 @@ _cpu_clock_of = getattr(time, "pthread_getcpuclockid", lambda thread: time.CLOCK
 class _Watch:
     """What is seen of one thread."""
 
-    def __init__(self, thread: int, *, step: frozenset[CodeType]) -> None:
+    def __init__(self, thread: int) -> None:
         self.signs = self.waits = 0
-        self._thread, self._step, self._clock = thread, step, _cpu_clock_of(thread)
+        self._thread, self._clock = thread, _cpu_clock_of(thread)
         self._seen_signs, self._looked_at = 0, time.monotonic()
         self._own_s, self._all_s = time.clock_gettime(self._clock), 0.0
 
@@ -52,12 +51,14 @@ class _Watch:
         return used_s >= OWN_SHARE * passed or self._helpers_used_s() >= HELPERS_SHARE * passed
 
     def _is_in_step(self) -> bool:
+        trainee = sys.modules.get("heliostat.training.trainee")
+        if trainee is None:  # nobody trains here yet
+            return False
+        step = {trainee.Trainee.backward.__code__, trainee.Trainee.step.__code__}
         frame = sys._current_frames().get(self._thread)
-        while frame is not None:
-            if frame.f_code in self._step:
-                return True
+        while frame is not None and frame.f_code not in step:
             frame = frame.f_back
-        return False
+        return frame is not None
 
     def _helpers_used_s(self) -> float:
         """Since this was last looked at. It takes milliseconds, so it comes last."""
@@ -103,10 +104,8 @@ def ended_if_it_hangs(timeout_s: float, *, note: Path) -> Iterator[None]:
     """
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    from heliostat.training.trainee import Trainee
-
     thread, over = threading.get_ident(), threading.Event()
-    watch = _Watch(thread, step=frozenset({Trainee.backward.__code__, Trainee.step.__code__}))
+    watch = _Watch(thread)
 
     def stepped(*_: Any) -> None:
         watch.signs += 1
