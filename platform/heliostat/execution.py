@@ -23,7 +23,7 @@ from heliostat.core.stage import StageContext, StageResult, call_stage
 from heliostat.errors import ArtifactError, HeliostatError, StageError
 from heliostat.history import History
 from heliostat.mirror import Mirror
-from heliostat.stages.measure import Speed, Subject, input_example, measure_quality, measure_speeds
+from heliostat.stages.measure import Speed, Subject, call_example, measure_quality, measure_speeds
 
 POLL_S = 0.2
 
@@ -140,7 +140,8 @@ class Execution:
                 record = self._run_stage(node)
                 self._history.finished(node, record)
                 if node.kind.name == "select":
-                    self._history.chose(node, self._task(node, input_example, self._plan.pipeline.task, record.params))
+                    example = self._task(node, call_example, node.folder, self._plan.pipeline.task, record.params)
+                    self._history.chose(node, example)
                 write_record(node.folder, record)
         except KeyboardInterrupt:
             self._history.ended(node, "KILLED")

@@ -120,9 +120,10 @@ class History:
         self._tracker.text(key, artifact_json(record), "record.json")
         self._tracker.end_run(key, status="FINISHED")
 
-    def chose(self, node: Node, example: "np.ndarray[Any, Any]") -> None:
-        """The chosen model as an MLflow model. `example` is a small batch of its inputs."""
-        self._tracker.log_model(self._key_of(node), node.folder, input_example=example)
+    def chose(self, node: Node, example: "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]") -> None:
+        """The chosen model as an MLflow model. `example` is a small batch of its inputs and what it gives for them."""
+        inputs, outputs = example
+        self._tracker.log_model(self._key_of(node), node.folder, input_example=inputs, output_example=outputs)
 
     def failed(self, node: Node, reason: str, made: Record | None = None) -> None:
         """`made` is the record of a model that failed only when its speed was measured."""

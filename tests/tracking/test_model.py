@@ -32,7 +32,7 @@ def logged(tmp_path, monkeypatch):
     def log(example):
         tracking = Tracker(uri, experiment="digits", spool=tmp_path / "spool")
         tracking.start_run("p", name="mnist")
-        tracking.log_model("p", tmp_path / "toy", input_example=example)
+        tracking.log_model("p", tmp_path / "toy", input_example=example, output_example=np.ones((2, 1), np.float32))
         tracking.end_run("p", status="FINISHED")
         run_id = tracking.run_id("p", 60)
         assert tracking.close() == 0
@@ -53,6 +53,8 @@ def test_pyfunc_loads_the_model_of_a_run_and_predicts(logged, tmp_path):
     (output,) = run.outputs.model_outputs
     assert run.data.tags["heliostat.model_uri"] == f"models:/{output.model_id}"
     assert mlflow.pyfunc.load_model(f"models:/{output.model_id}").predict(batch[:1]).shape == (1, 1)
+    (answer,) = loaded.metadata.signature.outputs
+    assert (answer.type, answer.shape) == (np.float32, (-1, 1))
     assert not list(tmp_path.rglob("*.pkl"))
     assert {line.partition("==")[0] for line in requirements_of(output.model_id)} >= {"heliostat", "torch"}
 

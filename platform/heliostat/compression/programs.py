@@ -6,9 +6,10 @@ free batch, so a `.tflite` and a `.pte` are made for one row.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.export import Dim, ExportedProgram
 from heliostat.compression.formats import describe_input, load_model, write_record
 from heliostat.compression.macs import num_macs
 from heliostat.compression.parity import (
+    TOLERANCE,
     allowed,
     apart,
     check_parity,
@@ -57,9 +59,7 @@ def save_program(model: nn.Module, folder: Path, *, example: Tensor, format: str
             is exported or converted does not compute what the model does, with the first layer where they part.
     """
     converter = CONVERTERS[format]
-    if converter.needs and (problem := missing(converter.needs)) is not None:
-        raise StageError(f"the format {format!r}: {problem}")
-    folder.mkdir(parents=True, exist_ok=True)
+    require_package(format)
     model = copy.deepcopy(model).eval().cpu()
     example = example.detach().cpu()
     require_one_tensor(seeded(model, example[:1]))
@@ -73,29 +73,59 @@ def save_program(model: nn.Module, folder: Path, *, example: Tensor, format: str
         values=lambda rows: values_of_program(program, rows),
     )
 
-    file = folder / f"model.{format}"
-    try:
-        with quiet():
-            converter.convert(program, file)
-    except Exception as error:  # converters raise all kinds
-        raise StageError(f"the model cannot be converted to {format}. {reason(error)}") from error
     count, nonzero = count_parameters(model)
     record = {
-        "format": format,
         "input": describe_input(example),
         "macs": num_macs(model, example),
         "num_params": count,
         "num_nonzero": nonzero,
         "quantization": None,
     }
-    write_record(folder, record)
-    wanted, found = seeded(model, example), seeded(load_model(folder), example)
-    if found.shape != wanted.shape or apart(found, wanted):
+    return write_program(program, folder, format=format, record=record, example=example, wanted=seeded(model, example))
+
+
+def write_program(
+    program: ExportedProgram,
+    folder: Path,
+    *,
+    format: str,
+    record: Mapping[str, Any],
+    example: Tensor,
+    wanted: Tensor,
+    tolerance: float = TOLERANCE,
+) -> list[str]:
+    """Convert a graph to one of the formats of `CONVERTERS` and prove the file by running it. Returns the files' names.
+
+    Args:
+        record: what `model.json` says, but for the format.
+        wanted: what the graph gives for the rows of `example`.
+        tolerance: how far the file's outputs may be from that, relative to the largest (or to 1).
+
+    Raises:
+        StageError: it cannot be converted; the file does not compute what the graph does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"model.{format}"
+    try:
+        with quiet():
+            CONVERTERS[format].convert(program, file)
+    except Exception as error:  # converters raise all kinds
+        raise StageError(f"the model cannot be converted to {format}. {reason(error)}") from error
+    write_record(folder, {**record, "format": format})
+    found = seeded(load_model(folder), example)
+    if found.shape != wanted.shape or apart(found, wanted, tolerance):
         raise StageError(
             f"{file.name} does not answer as the model: outputs differ by {difference(found, wanted):.3g}, tolerance "
-            f"{allowed(wanted):.3g}. All layers of the exported graph agree: the conversion to {format} errs"
+            f"{allowed(wanted, tolerance):.3g}. All layers of the exported graph agree: the conversion to {format} errs"
         )
     return ["model.json", file.name]
+
+
+def require_package(format: str) -> None:
+    """Raises StageError, which says what to install, if the package that writes the format is not there."""
+    needs = CONVERTERS[format].needs
+    if needs and (problem := missing(needs)) is not None:
+        raise StageError(f"the format {format!r}: {problem}")
 
 
 def exported(model: nn.Module, example: Tensor, *, free_batch: bool) -> ExportedProgram:

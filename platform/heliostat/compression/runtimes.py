@@ -89,14 +89,12 @@ def run_tflite(folder: Path, record: Mapping[str, Any]) -> RunOn:
         with _blamed_on(file):
             interpreter = Interpreter(str(file), num_threads=threads)
             interpreter.allocate_tensors()
-        given, answer = (
-            details[0]["index"] for details in (interpreter.get_input_details(), interpreter.get_output_details())
-        )
+        (given,), (answer,) = interpreter.get_input_details(), interpreter.get_output_details()
 
         def run_row(row: Tensor) -> Tensor:
-            interpreter.set_tensor(given, row.numpy())
+            interpreter.set_tensor(given["index"], row.numpy().astype(given["dtype"], copy=False))  # tokens are int32
             interpreter.invoke()
-            return torch.from_numpy(interpreter.get_tensor(answer))
+            return torch.from_numpy(interpreter.get_tensor(answer["index"]))
 
         return row_by_row(run_row)
 

@@ -58,12 +58,15 @@ def recipe_of(params: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig.model_validate(params.get("train", {}))
 
 
-def input_example(task: Task, params: Mapping[str, Any]) -> "np.ndarray[Any, Any]":
-    """A batch of two real inputs of the model, which says how it is to be called."""
+def call_example(
+    folder: Path, task: Task, params: Mapping[str, Any]
+) -> "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]":
+    """A batch of two real inputs of the model and its outputs, which say how it is to be called."""
+    from heliostat.compression.formats import load_model
     from heliostat.stages.models import samples
 
-    example: np.ndarray[Any, Any] = samples(task, recipe_of(params), split="val", count=2).numpy()
-    return example
+    inputs = samples(task, recipe_of(params), split="val", count=2)
+    return inputs.numpy(), load_model(folder)(inputs).numpy()
 
 
 def measure_quality(folder: Path, task: Task, params: Mapping[str, Any]) -> dict[str, float]:

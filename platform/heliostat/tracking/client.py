@@ -106,7 +106,7 @@ class ClientWriter:
                 self._client.log_text(run.run_id, data["text"], data["name"])
             case "model":
                 if not is_gone(event):
-                    log_in_own_process(self._target.uri, run.run_id, folder=data["folder"], example=data["example"])
+                    log_in_own_process(self._target.uri, run.run_id, data)
             case "end":
                 self._flush(run)
                 self._client.set_terminated(run.run_id, data["status"], event.time_ms)

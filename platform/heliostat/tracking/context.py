@@ -1,6 +1,7 @@
 """Where a run comes from: the code's git commit, the versions of the libraries, the user. Nothing heavy is imported."""
 
 import getpass
+import json
 import os
 import subprocess
 import sys
@@ -8,8 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
 
-LIBRARIES = ("heliostat", "ray", "torch", "hyperopt", "mlflow", "onnx", "onnxruntime", "torch-pruning", "numpy")
+LIBRARIES = (
+    *("heliostat", "ray", "torch", "hyperopt", "mlflow", "onnx", "onnxruntime", "torch-pruning", "numpy"),
+    *("torchao", "executorch", "ai-edge-litert"),
+)
 NEEDED_BY_A_MODEL = ("heliostat", "mlflow", "torch", "onnxruntime", "numpy")
+NEEDED_BY_A_FORMAT = {"pte": "executorch", "tflite": "ai-edge-litert"}
+"""The runtime of a format, beside those."""
 
 
 def git_commit(folder: Path) -> str | None:
@@ -32,10 +38,15 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def requirements() -> list[str]:
+def requirements(model_folder: Path) -> list[str]:
     """What `pip` needs to run a model as it runs here; `2.13.0+cpu` is no version that an index has, `2.13.0` is."""
-    versions = library_versions()
-    return [f"{name}=={versions[name].partition('+')[0]}" for name in NEEDED_BY_A_MODEL if name in versions]
+    versions, needed = library_versions(), list(NEEDED_BY_A_MODEL)
+    file = model_folder / "model.json"
+    if file.exists():  # an own stage may write a model in its own way
+        described = json.loads(file.read_text(encoding="utf-8"))
+        needed += [package for name, package in NEEDED_BY_A_FORMAT.items() if name == described["format"]]
+        needed += ["torchao"] if (described["quantization"] or {}).get("backend") == "torchao" else []
+    return [f"{name}=={versions[name].partition('+')[0]}" for name in needed if name in versions]
 
 
 def source_tags() -> dict[str, str]:

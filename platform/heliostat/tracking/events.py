@@ -63,7 +63,7 @@ def cleaned(event: Event) -> Event:
         case "tags":
             data["values"] = _tags(data["values"])
         case "model":
-            data["example"] = _array_to_text(data["example"])
+            data |= {name: _array_to_text(data[name]) for name in ("example", "outputs")}
         case "artifact" | "text" | "end" | "end_tree":
             pass
     return replace(event, data=data)

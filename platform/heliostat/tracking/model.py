@@ -12,7 +12,9 @@ import logging
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from heliostat.tracking import quiet
 from heliostat.tracking.context import requirements
@@ -26,12 +28,12 @@ TRY_AGAIN = 75
 _log = logging.getLogger(__name__)
 
 
-def log_in_own_process(uri: str, run_id: str, *, folder: str, example: str) -> None:
-    """Log the model in `folder`, once. `example` is an array as `events.cleaned` writes it.
+def log_in_own_process(uri: str, run_id: str, model: Mapping[str, str]) -> None:
+    """Log the model that an event of the kind `model` tells of, as `events.cleaned` writes it, once.
 
     Raises `UnavailableError`.
     """
-    order = json.dumps({"uri": uri, "run_id": run_id, "folder": folder, "example": example})
+    order = json.dumps({"uri": uri, "run_id": run_id, **model})
     done = subprocess.run(
         [sys.executable, "-m", "heliostat.tracking.model"],
         input=order,
@@ -44,10 +46,11 @@ def log_in_own_process(uri: str, run_id: str, *, folder: str, example: str) -> N
     if done.returncode == TRY_AGAIN or done.returncode < 0:  # or killed, for want of memory it may be
         raise UnavailableError(last_words)
     if done.returncode:
-        _log.warning("not tracked: the model %s: %s", folder, last_words)
+        _log.warning("not tracked: the model %s: %s", model["folder"], last_words)
 
 
-def _log_model(uri: str, run_id: str, folder: str, example: str) -> None:
+def _log_model(uri: str, run_id: str, folder: str, example: str, outputs: str | None = None) -> None:
+    """`outputs` are missing in what an earlier version spooled."""
     quiet.silence()
     import mlflow
     import numpy as np
@@ -60,7 +63,14 @@ def _log_model(uri: str, run_id: str, folder: str, example: str) -> None:
     run = client.get_run(run_id)
     if MODEL_TAG in run.data.tags:
         return
-    batch = np.load(io.BytesIO(base64.b64decode(example)), allow_pickle=False)
+
+    def array(text: str) -> Any:
+        return np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False)
+
+    def schema(batch: Any) -> Schema:
+        return Schema([TensorSpec(batch.dtype, (-1, *batch.shape[1:]))])
+
+    batch = array(example)
     model = client.create_logged_model(run.info.experiment_id, name=NAME, source_run_id=run_id, model_type="heliostat")
     with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / NAME
@@ -69,9 +79,9 @@ def _log_model(uri: str, run_id: str, folder: str, example: str) -> None:
             mlflow_model=Model(artifact_path=model.artifact_location, model_uuid=model.model_id, run_id=run_id),
             python_model=str(Path(__file__).with_name("pyfunc_model.py")),
             artifacts={"model": folder},
-            signature=ModelSignature(inputs=Schema([TensorSpec(batch.dtype, (-1, *batch.shape[1:]))])),
+            signature=ModelSignature(inputs=schema(batch), outputs=schema(array(outputs)) if outputs else None),
             input_example=batch,
-            pip_requirements=requirements(),
+            pip_requirements=requirements(Path(folder)),
         )
         client.log_model_artifacts(model.model_id, str(made))
     client.finalize_logged_model(model.model_id, "READY")

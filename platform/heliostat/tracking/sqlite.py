@@ -175,7 +175,7 @@ class SqliteWriter:
             if event.kind == "start":
                 (place / ERROR_FILE).unlink(missing_ok=True)
             elif event.kind == "model":
-                log_in_own_process(self._target.uri, run, folder=data["folder"], example=data["example"])
+                log_in_own_process(self._target.uri, run, data)
             elif event.kind == "text":
                 write_text(data["text"], place / data["name"])
             else:

@@ -91,12 +91,21 @@ class Tracker:
         """A text as an artifact, named `name`."""
         self._put("text", key, text=text, name=name)
 
-    def log_model(self, key: str, model_folder: Path, *, input_example: "np.ndarray[Any, Any]") -> None:
+    def log_model(
+        self,
+        key: str,
+        model_folder: Path,
+        *,
+        input_example: "np.ndarray[Any, Any]",
+        output_example: "np.ndarray[Any, Any]",
+    ) -> None:
         """A Heliostat model folder as an MLflow model, which `mlflow.pyfunc.load_model("runs:/RUN_ID/model")` loads.
 
-        `input_example` is a small batch, axis 0 first. The folder is read later: it must stay where it is.
+        `input_example` is a small batch, axis 0 first, and `output_example` what the model gives for it. The folder is
+        read later: it must stay where it is.
         """
-        self._put("model", key, folder=str(model_folder.absolute()), example=input_example)
+        folder = str(model_folder.absolute())
+        self._put("model", key, folder=folder, example=input_example, outputs=output_example)
 
     def end_run(self, key: str, *, status: Status) -> None:
         self._put("end", key, status=status)

@@ -14,7 +14,7 @@ unless told otherwise. A network of a few microseconds may come out slower as in
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from heliostat.compression.formats import read_record, write_record
 from heliostat.compression.layers import names_matching
+from heliostat.compression.quantize.calibration import checked
 from heliostat.compression.quiet import quiet
 from heliostat.compression.verdict import has_int8_instructions
 from heliostat.errors import ArtifactError, SpecError, StageError
@@ -78,14 +79,14 @@ def static(
     if method not in methods:
         raise SpecError(f"calibration method {method!r} is unknown; known: {', '.join(methods)}")
     record = _onnx_record(source)
-    reader = _Batches(calibration, input_name=record["input"]["name"])
+    batches = checked(calibration)
     target.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory() as scratch, quiet():
         prepared = _prepared(source, Path(scratch))
         quantize_static(
             prepared,
             target / "model.onnx",
-            reader,
+            _Batches(batches, input_name=record["input"]["name"]),
             quant_format=QuantFormat.QDQ,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -94,7 +95,7 @@ def static(
             calibrate_method=methods[method],
             nodes_to_exclude=_matching(prepared, skip),
         )
-    settings = {"per_channel": per_channel, "calibration": method, "calibration_rows": reader.num_rows}
+    settings = {"per_channel": per_channel, "calibration": method, "calibration_rows": sum(map(len, batches))}
     return _finish(target, record, {"method": "static", "reduce_range": reduce_range, **settings})
 
 
@@ -172,29 +173,13 @@ def layers_of(source: Path) -> list[str]:
 
 
 class _Batches:
-    """Calibration data as ONNX Runtime asks for it, checked on the way."""
+    """Calibration data as ONNX Runtime asks for it."""
 
-    def __init__(self, batches: Iterable[Tensor], *, input_name: str) -> None:
-        self.num_rows = 0
-        self._feeds = self._checked(batches, input_name)
-        self._first = next(self._feeds, None)
-        if self._first is None:
-            raise StageError("calibration: there is no data")
-
-    def _checked(self, batches: Iterable[Tensor], name: str) -> Iterator[dict[str, Any]]:
-        for batch in batches:
-            if not len(batch):
-                continue
-            if batch.is_floating_point() and not batch.isfinite().all():
-                raise StageError(
-                    f"calibration: rows {self.num_rows} to {self.num_rows + len(batch) - 1} are not finite"
-                )
-            self.num_rows += len(batch)
-            yield {name: batch.detach().cpu().numpy()}
+    def __init__(self, batches: Sequence[Tensor], *, input_name: str) -> None:
+        self._feeds = iter([{input_name: batch.numpy()} for batch in batches])
 
     def get_next(self) -> dict[str, Any] | None:
-        first, self._first = self._first, None
-        return first or next(self._feeds, None)
+        return next(self._feeds, None)
 
 
 def _onnx_record(source: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The pass of `quantize`: through ONNX Runtime by way of an ONNX graph in float, or in torch by torchao."""
+"""The pass of `quantize`: by way of a file in float that a backend quantizes, or in torch by torchao."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,18 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heliostat.compression.export import save_onnx
 from heliostat.compression.formats import load_model
 from heliostat.compression.quantize.aware import attach, detach
 from heliostat.compression.quantize.eager import quantize_linear
-from heliostat.compression.quantize.post_training import dynamic, layers_of, static, weight_only
 from heliostat.compression.quantize.sensitivity import Drops, Mix, mix_precision
 from heliostat.compression.verdict import has_int8_instructions
 from heliostat.core.stage import StageResult
 from heliostat.stages.finetuning import taught_by
 from heliostat.stages.models import describe, torch_model
+from heliostat.stages.passes.quantizers import TOOLS
 from heliostat.stages.passes.workshop import PARITY_SAMPLES, Source, Workshop, files_in, write_files
-from heliostat.stages.quantize import QuantizeConfig
+from heliostat.stages.quantize import BACKENDS, QuantizeConfig
 from heliostat.training.evaluation import evaluate
 from heliostat.training.loop import Fit
 from heliostat.training.task import build_objective
@@ -31,27 +30,26 @@ CALIBRATION_BATCH_SIZE = 64
 
 def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> StageResult:
     """Quantize the model and compare the outcome with it."""
-    if config.backend == "torchao":
+    if config.keeps_torch_model:
         return _in_torch(shop, source, config)
+    tool = TOOLS[config.backend]
     details: dict[str, Any] = {}
     metrics: dict[str, float] = {}
     with TemporaryDirectory() as scratch:
-        onnx = source.folder
+        exact = source.folder
         if config.method == "qat":
-            model, tuned, exact = _aware(shop, source, config)
-            details |= {"history": tuned.history, "best_epoch": tuned.epoch, "not_rounded": exact}
-            metrics, onnx = tuned.metrics, Path(scratch, "aware")
-            save_onnx(model, onnx, example=shop.samples("val", PARITY_SAMPLES))
-        elif describe(source.folder)["format"] != "onnx":
-            onnx = Path(scratch, "float")
-            save_onnx(torch_model(source), onnx, example=shop.samples("val", PARITY_SAMPLES))
+            model, tuned, not_rounded = _aware(shop, source, config)
+            details |= {"history": tuned.history, "best_epoch": tuned.epoch, "not_rounded": not_rounded}
+            metrics, exact = tuned.metrics, Path(scratch, "aware")
+            tool.export(model, exact, example=shop.samples("val", PARITY_SAMPLES))
+        elif describe(source.folder)["format"] != BACKENDS[config.backend].takes:
+            exact = Path(scratch, "float")
+            tool.export(torch_model(source), exact, example=shop.samples("val", PARITY_SAMPLES))
 
-        if config.method == "dynamic":
-            files = dynamic(onnx, shop.folder, reduce_range=config.reduce_range, skip=config.skip)
-        elif config.method == "weight_only":
-            files = weight_only(onnx, shop.folder, bits=config.bits, group_size=config.group_size, skip=config.skip)
+        if config.method in tool.uncalibrated:
+            files = tool.uncalibrated[config.method](exact, shop.folder, shop, config)
         else:
-            files, found = _calibrated(shop, onnx, config)
+            files, found = _calibrated(shop, exact, config)
             details |= found
     details |= {
         "quantization": describe(shop.folder)["quantization"],
@@ -60,33 +58,20 @@ def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> St
     return StageResult(files=files, metrics=metrics, details=details)
 
 
-def _calibrated(shop: Workshop, onnx: Path, config: QuantizeConfig) -> tuple[list[str], dict[str, Any]]:
+def _calibrated(shop: Workshop, exact: Path, config: QuantizeConfig) -> tuple[list[str], dict[str, Any]]:
     """Static int8; the files, and what was found out about the layers where some may stay in float."""
     calibration = _equal_batches(shop.samples(config.calibration_split, config.calibration_samples))
+    tool = TOOLS[config.backend]
     if not config.max_drop:
-        return _static(onnx, shop.folder, calibration, config), {}
-    mix = _mix(shop, onnx, config, calibration)
+        return tool.static(exact, shop.folder, shop, config, calibration, config.skip), {}
+    mix = _mix(shop, exact, config, calibration)
     found: dict[str, Any] = {"mixed_precision": {"left_in_float": list(mix.left_in_float), "drops": mix.drops}}
     if mix.alone:
         found["sensitivity"] = [
             {"layer": layer, **{f"{metric}_drop": drop for metric, drop in drops.items()}}
             for layer, drops in mix.alone.items()
         ]
-    return _static(onnx, shop.folder, calibration, config, mix.left_in_float), found
-
-
-def _static(
-    onnx: Path, target: Path, calibration: Sequence[Tensor], config: QuantizeConfig, left_in_float: Sequence[str] = ()
-) -> list[str]:
-    return static(
-        onnx,
-        target,
-        calibration=calibration,
-        per_channel=config.per_channel,
-        method=config.calibration,
-        reduce_range=config.reduce_range,
-        skip=[*config.skip, *left_in_float],
-    )
+    return tool.static(exact, shop.folder, shop, config, calibration, [*config.skip, *mix.left_in_float]), found
 
 
 def _equal_batches(rows: Tensor) -> Sequence[Tensor]:
@@ -101,16 +86,16 @@ class _Given:
 
     shop: Workshop
     files: Mapping[str, bytes]
-    """Of the ONNX artifact in float."""
+    """Of the artifact in float."""
     calibration: Sequence[Tensor]
     config: QuantizeConfig
 
 
-def _mix(shop: Workshop, onnx: Path, config: QuantizeConfig, calibration: Sequence[Tensor]) -> Mix:
+def _mix(shop: Workshop, exact: Path, config: QuantizeConfig, calibration: Sequence[Tensor]) -> Mix:
     """Which layers have to stay in float for validation to drop by no more than `max_drop`."""
     objective = build_objective(shop.task)
-    before = evaluate(load_model(onnx), shop.data["val"], objective, split="val")
-    given = _Given(shop.portable, files_in(onnx), calibration, config)
+    before = evaluate(load_model(exact), shop.data["val"], objective, split="val")
+    given = _Given(shop.portable, files_in(exact), calibration, config)
 
     def drops_with(mixes: Sequence[Sequence[str]]) -> list[Drops]:
         signs = {metric: 1 if objective.mode(metric) == "max" else -1 for metric in config.max_drop}
@@ -119,16 +104,18 @@ def _mix(shop: Workshop, onnx: Path, config: QuantizeConfig, calibration: Sequen
             for after in shop.side_by_side(_mixed_figures, given, mixes)
         ]
 
-    layers = [name for name in layers_of(onnx) if not any(fnmatchcase(name, pattern) for pattern in config.skip)]
+    every = TOOLS[config.backend].layers_of(exact)
+    layers = [name for name in every if not any(fnmatchcase(name, pattern) for pattern in config.skip)]
     return mix_precision(layers, drops_with, max_drop=config.max_drop)
 
 
 def _mixed_figures(given: _Given, left_in_float: Sequence[str]) -> dict[str, float]:
     """The figures of `val` with these layers in float and all others in int8."""
     with TemporaryDirectory(prefix="heliostat-") as scratch:
-        onnx, mixed = Path(scratch, "float"), Path(scratch, "mixed")
-        write_files(given.files, onnx)
-        _static(onnx, mixed, given.calibration, given.config, left_in_float)
+        exact, mixed = Path(scratch, "float"), Path(scratch, "mixed")
+        write_files(given.files, exact)
+        skip = [*given.config.skip, *left_in_float]
+        TOOLS[given.config.backend].static(exact, mixed, given.shop, given.config, given.calibration, skip)
         objective = build_objective(given.shop.task)
         return evaluate(load_model(mixed), given.shop.data["val"], objective, split="val")
 
@@ -136,7 +123,7 @@ def _mixed_figures(given: _Given, left_in_float: Sequence[str]) -> dict[str, flo
 def _aware(shop: Workshop, source: Source, config: QuantizeConfig) -> tuple[nn.Module, Fit, dict[str, str]]:
     """The source trained on with rounding, how that went, and the layers that were not rounded, with the reason."""
     model = torch_model(source)
-    exact = attach(model, per_channel=config.per_channel, reduce_range=config.reduce_range)
+    exact = attach(model, per_channel=config.per_channel, reduce_range=config.weights_of_7_bits)
     tuning = config.changed(shop.recipe, epochs=config.finetune_epochs, scheduler=config.scheduler)
     teachers = [shop.teacher or source]
     with taught_by(teachers, config.distillation, task=shop.task, student=model, data=shop.data) as (loss, taught):
