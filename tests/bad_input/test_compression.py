@@ -61,9 +61,20 @@ def test_a_way_to_prune_that_makes_no_sense_is_refused(refusal, config, expected
         ({"bits": 4}, "config: static takes no 'bits'; it takes calibration,"),
         (
             {"method": "weight_only", "bits": 4, "backend": "torchao"},
-            "torchao stores 4 bits in 8 on a CPU; take",
+            "torchao stores 4 bits in 8 on a CPU; take the backend onnxruntime or litert",
         ),
-        ({"backend": "torchao"}, "config: static takes no 'backend'; it takes calibration,"),
+        ({"backend": "torcho"}, "config.backend: 'torcho' is not one of onnxruntime, torchao, executorch, litert; did"),
+        ({"backend": "torchao", "calibration": "entropy"}, "config: torchao calibrates by minmax alone; entropy is of"),
+        ({"backend": "litert", "reduce_range": False}, "config: static by litert takes no 'reduce_range'; it takes"),
+        (
+            {"backend": "executorch", "method": "weight_only"},
+            "config: executorch has no 'weight_only', only static, dynamic, qat; for it take the backend",
+        ),
+        pytest.param(
+            {"backend": "executorch"},
+            "config.backend: 'executorch': executorch is not installed; type: pip install 'heliostat[executorch]'",
+            marks=pytest.mark.skipif(find_spec("executorch") is not None, reason="it is installed"),
+        ),
         ({"method": "weight_only", "bits": 3}, "config.bits: 3 is not one of 4, 8"),
         ({"finetune_epochs": 2}, "config: static takes no 'finetune_epochs'; it takes calibration,"),
         ({"method": "qat", "finetune_epochs": 0}, "config: qat learns in training; give it finetune_epochs"),

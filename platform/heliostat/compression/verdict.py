@@ -46,6 +46,8 @@ def _fewer_parameters(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _static(facts: Mapping[str, Any]) -> list[str]:
+    if facts["backend"] == "torchao":
+        return ["torch runs the graph as it is written, each layer in float between conversions: compile it"]
     causes = []
     if not has_int8_instructions():
         causes.append("this processor has no int8 dot-product instructions (VNNI or the like)")
@@ -56,7 +58,7 @@ def _static(facts: Mapping[str, Any]) -> list[str]:
 
 def _dynamic(facts: Mapping[str, Any]) -> list[str]:
     causes = []
-    if convolutions := facts["int8_ops"].get("Conv"):
+    if (convolutions := facts["int8_ops"].get("Conv")) and facts["backend"] == "onnxruntime":
         causes.append(f"{convolutions} convolutions run as ConvInteger, slower than float (see static)")
     if facts["float_ops"]:
         causes.append(f"{_list(facts['float_ops'])} stayed in float")

@@ -51,7 +51,10 @@ BACKENDS: dict[str, Backend] = {
     ),
     "executorch": Backend(_with_calibration(), takes="pt2", needs="executorch"),
     "litert": Backend(
-        _with_calibration() | {"weight_only": frozenset({"bits"})}, takes="tflite", needs="litert_torch", bits=(4, 8)
+        _with_calibration() | {"dynamic": CALIBRATED - {"per_channel"}, "weight_only": frozenset({"bits"})},
+        takes="tflite",
+        needs="litert_torch",
+        bits=(4, 8),
     ),
 }
 

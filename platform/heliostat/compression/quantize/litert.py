@@ -66,13 +66,16 @@ def static(
     return _quantize(source, target, recipe, skip, {"method": "static", **told}, batches)
 
 
-def dynamic(source: Path, target: Path, *, per_channel: bool = True, skip: Sequence[str] = ()) -> list[str]:
-    """Quantize the weights to int8; the kernels find the ranges of activations at every call. As `static` else."""
+def dynamic(source: Path, target: Path, *, skip: Sequence[str] = ()) -> list[str]:
+    """Quantize the weights to int8; the kernels find the ranges of activations at every call. As `static` else.
+
+    There is a scale for each output channel: with one for a weight, the kernel of convolutions gave 1e30 for 0.1.
+    """
 
     def recipe(manager: Any) -> None:
-        manager.add_dynamic_config(ALL, "*", 8, _granularity(per_channel))
+        manager.add_dynamic_config(ALL, "*", 8)
 
-    return _quantize(source, target, recipe, skip, {"method": "dynamic", "per_channel": per_channel})
+    return _quantize(source, target, recipe, skip, {"method": "dynamic", "per_channel": True})
 
 
 def weight_only(source: Path, target: Path, *, bits: Literal[4, 8] = 8, skip: Sequence[str] = ()) -> list[str]:
@@ -166,13 +169,15 @@ def count_ops(file: Path) -> tuple[dict[str, int], dict[str, int]]:
     from ai_edge_quantizer.qtyping import TensorType
 
     graph = _read(file)
-    names = {tensor: name for name, operator in _operators(graph) for tensor in operator.outputs}
+    dequantized = {
+        tensor for name, operator in _operators(graph) if name == "DEQUANTIZE" for tensor in operator.outputs
+    }
     counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     for name, operator in _operators(graph):
         if name in WEIGHTED:
             weight = operator.inputs[1]
             few_bits = graph.subgraphs[0].tensors[weight].type in (TensorType.INT8, TensorType.INT4)
-            counts[not (few_bits or names.get(weight) == "DEQUANTIZE")][WEIGHTED[name]] += 1
+            counts[not (few_bits or weight in dequantized)][WEIGHTED[name]] += 1
     return dict(counts[False]), dict(counts[True])
 
 
@@ -194,11 +199,11 @@ def _read(file: Path) -> Any:
 
 def _operators(graph: Any) -> Iterator[tuple[str, Any]]:
     """Every operator of the graph with its name."""
-    from ai_edge_quantizer.utils.tfl_flatbuffer_utils import TFL_OP_CODE_TO_NAME
+    from ai_edge_quantizer.qtyping import BuiltinOperator
 
+    names = {code: name for name, code in vars(BuiltinOperator).items()}
     for operator in graph.subgraphs[0].operators:
-        code = graph.operatorCodes[operator.opcodeIndex].builtinCode
-        yield str(getattr(TFL_OP_CODE_TO_NAME.get(code), "value", "")), operator
+        yield names[graph.operatorCodes[operator.opcodeIndex].builtinCode], operator
 
 
 def _layers(graph: Any) -> Iterator[tuple[str, str]]:

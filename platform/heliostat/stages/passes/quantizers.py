@@ -104,7 +104,7 @@ def _static_tflite(
 
 
 def _dynamic_tflite(exact: Path, target: Path, shop: Workshop, config: QuantizeConfig) -> Files:
-    return litert.dynamic(exact, target, per_channel=config.per_channel, skip=config.skip)
+    return litert.dynamic(exact, target, skip=config.skip)
 
 
 def _weight_only_tflite(exact: Path, target: Path, shop: Workshop, config: QuantizeConfig) -> Files:

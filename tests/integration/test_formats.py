@@ -1,0 +1,46 @@
+"""One model in several formats, in one run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import heliostat as public
+
+
+@pytest.mark.slow
+def test_a_matrix_of_formats_is_exported_measured_together_chosen_from_and_tracked(copy, heliostat):
+    import mlflow
+
+    more = [
+        {"name": "files", "uses": "export", "inputs": {"model": "student"}, "matrix": {"format": ["onnx", "pt2"]}},
+        {"name": "graph", "uses": "quantize", "inputs": {"model": "student"}, "config": {"backend": "torchao"}},
+        {
+            "name": "fastest",
+            "uses": "select",
+            "inputs": {"baseline": "student", "candidates": ["student", "files", "graph"]},
+            "config": {"minimize": ["latency_ms"]},
+        },
+    ]
+    document = yaml.safe_load(copy.file.read_text())
+    copy.file.write_text(yaml.safe_dump({**document, "stages": [*document["stages"], *more]}, sort_keys=False))
+    done = heliostat("run", copy.file, "--json")
+    assert done.returncode == 0, done.stderr
+    nodes = {node["name"]: node for node in json.loads(done.stdout)["nodes"]}
+    assert {name for name, node in nodes.items() if node["status"] == "ran"} == {
+        *("files[format=onnx]", "files[format=pt2]", "graph", "fastest")
+    }
+    record = json.loads((Path(nodes["fastest"]["path"]) / "record.json").read_text())
+    rows = {row["model"]: row for row in record["details"]["table"]}
+    assert rows.keys() == {"student", "files[format=onnx]", "files[format=pt2]", "graph"}
+    assert all(row["metrics"]["latency_ms"] > 0 for row in rows.values())
+    assert public.load_model(nodes["graph"]["path"])(torch.randn(3, 8)).shape == (3, 3)
+    slower = json.loads((Path(nodes["graph"]["path"]) / "record.json").read_text())["details"]["speed"]
+    assert slower["speedup"] > 1.05 or "torch runs the graph as it is written" in slower["why_not_faster"]
+
+    mlflow.set_tracking_uri(record["tracking"]["uri"])
+    logged = mlflow.pyfunc.load_model(f"runs:/{record['tracking']['run_id']}/model")
+    (answer,) = logged.metadata.signature.outputs
+    assert answer.shape == (-1, 3)
