@@ -144,7 +144,9 @@ def exported(model: nn.Module, example: Tensor, *, free_batch: bool) -> Exported
 
 
 def _to_pt2(program: ExportedProgram, file: Path) -> None:
-    program.example_inputs = None  # a row of the user's data has no place in the file
+    program.example_inputs = None  # a row of the user's data has no place in the file, nor have lines of their code
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
     torch.export.save(program, file)
 
 

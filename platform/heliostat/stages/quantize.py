@@ -14,6 +14,8 @@ from heliostat.stages.export import ExportConfig
 from heliostat.stages.finetuning import FineTuning, check_tuning
 
 CALIBRATED = frozenset({"calibration", "calibration_samples", "calibration_split", "per_channel"})
+PER_CHANNEL = CALIBRATED - {"per_channel"}
+"""Where there is always one scale per output channel."""
 LEARNED = frozenset(FineTuning.model_fields)
 MIXED = frozenset({"max_drop"})
 
@@ -49,9 +51,9 @@ BACKENDS: dict[str, Backend] = {
     "torchao": Backend(
         _with_calibration(frozenset({"reduce_range"})) | {"weight_only": frozenset({"bits"})}, takes="pt2"
     ),
-    "executorch": Backend(_with_calibration(), takes="pt2", needs="executorch"),
+    "executorch": Backend(_with_calibration() | {"dynamic": PER_CHANNEL}, takes="pt2", needs="executorch"),
     "litert": Backend(
-        _with_calibration() | {"dynamic": CALIBRATED - {"per_channel"}, "weight_only": frozenset({"bits"})},
+        _with_calibration() | {"dynamic": PER_CHANNEL, "weight_only": frozenset({"bits"})},
         takes="tflite",
         needs="litert_torch",
         bits=(4, 8),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from heliostat.compression.formats import read_record, write_record
@@ -149,7 +150,7 @@ def _ranges(source: Path, manager: Any, batches: Sequence[Tensor]) -> Any:
     (given,) = interpreter.get_input_details()
     ((signature, ends),) = interpreter.get_signature_list().items()
     (name,) = ends["inputs"]
-    rows = [{name: row.numpy().astype(given["dtype"])} for batch in batches for row in batch.split(1)]
+    rows = [{name: row.numpy().astype(given["dtype"])} for batch in batches for row in torch.split(batch, 1)]
     calibrator = Calibrator(file.read_bytes(), num_threads=1, qsv_update_func=min_max_update)
     calibrator.calibrate({signature: rows}, manager)
     return calibrator.get_model_qsvs()

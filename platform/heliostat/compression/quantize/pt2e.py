@@ -91,19 +91,20 @@ def static(
             backend's package is not installed, or it cannot convert the graph; the file does not compute the same.
     """
     batches = checked(calibration)
-    made = _Settings(False, per_channel, reduce_range, frozenset(_matching(source, skip)))
+    made = _Settings(
+        dynamic=False, per_channel=per_channel, reduce_range=reduce_range, exact=frozenset(_matching(source, skip))
+    )
     settings = {"calibration": "minmax", "calibration_rows": sum(map(len, batches)), "reduce_range": reduce_range}
     return _quantize(source, target, backend, made, example, batches, {"method": "static", **settings})
 
 
-def dynamic(
-    source: Path, target: Path, *, example: Tensor, per_channel: bool = True, skip: Sequence[str] = ()
-) -> list[str]:
-    """Quantize the layers of the `.pt2` artifact in `source` for ExecuTorch, with ranges found at every call.
+def dynamic(source: Path, target: Path, *, example: Tensor, skip: Sequence[str] = ()) -> list[str]:
+    """Quantize the linear layers of the `.pt2` artifact in `source` for ExecuTorch, with ranges found at every call.
 
-    Arguments, outcome and errors are those of `static`.
+    There is a scale for each output channel: XNNPACK has no kernel for one of a weight. Arguments, outcome and errors
+    are those of `static`.
     """
-    made = _Settings(True, per_channel, False, frozenset(_matching(source, skip)))
+    made = _Settings(dynamic=True, per_channel=True, reduce_range=False, exact=frozenset(_matching(source, skip)))
     return _quantize(source, target, "executorch", made, example, [example[:1]], {"method": "dynamic"})
 
 

@@ -86,7 +86,7 @@ def _static_pt2e(
 
 def _dynamic_pte(exact: Path, target: Path, shop: Workshop, config: QuantizeConfig) -> Files:
     example = shop.samples("val", PARITY_SAMPLES)
-    return pt2e.dynamic(exact, target, example=example, per_channel=config.per_channel, skip=config.skip)
+    return pt2e.dynamic(exact, target, example=example, skip=config.skip)
 
 
 # --- LiteRT ---------------------------------------------------------------------------------------------------------
