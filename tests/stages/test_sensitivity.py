@@ -1,6 +1,9 @@
 """Scans of a model's layers: what the stages set by them, and what the record shows."""
 
+import os
 import re
+import shutil
+import signal
 from itertools import count
 
 import pytest
@@ -65,6 +68,29 @@ def test_channels_go_step_by_step_and_the_network_is_rebuilt_from_its_history(be
     assert pruned.record.details["parity"]["reload"]["max_abs_diff"] == 0
     assert torch.load(pruned.folder / "weights.pt", weights_only=True)["2.weight"].shape == (4, 4)
     assert load_model(pruned.folder)(torch.randn(5, 8)).shape == (5, 3)
+
+
+@pytest.mark.parametrize("epoch", [2, 5], ids=["while channels go", "while the network is mended"])
+def test_step_by_step_goes_on_after_the_process_was_killed(bench, trained, monkeypatch, epoch):
+    def prune(on_epoch):
+        reporter = type(bench.context("prune").reporter)
+        monkeypatch.setattr(reporter, "metrics", lambda _, values, step, **more: on_epoch(step))
+        config = {"sparsity": 0.75, "gradual_epochs": 3, "finetune_epochs": 3}
+        return torch.load(bench.run("prune", config, model=trained).folder / "weights.pt", weights_only=True)
+
+    whole = prune(lambda step: None)
+    shutil.rmtree(bench.store / "prune")
+    if not (child := os.fork()):
+        torch.set_num_threads(1)  # the threads of the parent are not there
+        prune(lambda step: step == epoch and os.kill(os.getpid(), signal.SIGKILL))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    told = []
+    again = prune(told.append)
+    assert told in (list(range(epoch, 7)), list(range(epoch - 1, 7)))  # a checkpoint may still have been on its way
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_step_by_step_each_layer_goes_as_far_as_the_scan_says(bench, trained):
