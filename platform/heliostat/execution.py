@@ -19,7 +19,7 @@ from typing import Any, Literal
 from heliostat.core.artifact import Artifact, Record, digest_files, keep_only, write_record
 from heliostat.core.outcome import NodeOutcome, Status, View
 from heliostat.core.plan import Node, Plan, artifact_of, record_of
-from heliostat.core.stage import StageContext, StageResult, call_stage
+from heliostat.core.stage import SHELF, StageContext, StageResult, call_stage
 from heliostat.errors import ArtifactError, HeliostatError, StageError
 from heliostat.history import History
 from heliostat.mirror import Mirror
@@ -51,6 +51,9 @@ class Execution:
     def run(self) -> tuple[list[NodeOutcome], bool]:
         """The outcome of every node in the plan's order, and whether the run was interrupted."""
         interrupted = False
+        for node in self._plan.nodes:
+            if node.reason.startswith("forced"):
+                shutil.rmtree(node.folder.parent / SHELF, ignore_errors=True)
         with ThreadPoolExecutor(max_workers=len(self._plan.nodes) + 1, thread_name_prefix="node") as pool:
             running: dict[Future[list[NodeOutcome | _Made]], list[Node]] = {}
             try:

@@ -88,13 +88,13 @@ def run(trained, root, tmp_path, reporter):
     """Compress the model by a config, in the same folder every time; where the outcome lies, and what it is."""
 
     def run(*, watch=lambda context: None, **config):
-        context = context_in(tmp_path / "small", trained.task, root, reporter=reporter, model=(trained.artifact,))
+        context = context_in(run.folder, trained.task, root, reporter=reporter, model=(trained.artifact,))
         watch(context)
         result = compress(context, CompressConfig.model_validate(config))
         rows = {row["model"]: row for row in result.details["table"]}
         return SimpleNamespace(folder=context.folder, result=result, details=result.details, rows=rows)
 
-    run.folder = tmp_path / "small"
+    run.folder, run.shelf = tmp_path / "small", tmp_path / "shelf"
     return run
 
 
@@ -129,7 +129,7 @@ def test_the_chain_that_is_found_keeps_to_the_limits_and_beats_plain_quantizatio
 
     # what begins alike was made once: 12 passes in 8 chains, of which 8 differ
     assert found.details["passes"] == {"in_all_chains": 12, "made": 8}
-    assert len(list(found.folder.glob("chains/*/made.json"))) == 8
+    assert len(list(run.shelf.glob("*/made.json"))) == 8
 
     # the artifact is the best, and each of the front can be loaded
     front = {name: row for name, row in found.rows.items() if name != "train"}
@@ -151,7 +151,7 @@ def test_the_chain_that_is_found_keeps_to_the_limits_and_beats_plain_quantizatio
 def test_a_search_that_was_cut_off_makes_only_what_is_missing(run, reporter, stop_after_three):
     with pytest.raises(KeyboardInterrupt):
         run(**LIMITS, passes=[SPARSITIES, METHODS], trials=9, watch=stop_after_three)
-    before = {path: path.stat().st_mtime_ns for path in run.folder.glob("chains/*/made.json")}
+    before = {path: path.stat().st_mtime_ns for path in run.shelf.glob("*/made.json")}
     ended = set(reporter.ended)
     assert before
     found = run(**LIMITS, passes=[SPARSITIES, METHODS], trials=9)
@@ -160,6 +160,12 @@ def test_a_search_that_was_cut_off_makes_only_what_is_missing(run, reporter, sto
     restarted = {event["id"] for event in events if event["event"] == "restarted"}
     assert not restarted & ended
     assert found.details["passes"] == {"in_all_chains": 12, "made": 8}
+
+    # nor does one with other limits, which is another node
+    made = {path: path.stat().st_mtime_ns for path in run.shelf.glob("*/made.json")}
+    run.folder = run.folder.with_name("smaller")
+    run(**{**LIMITS, "max_size_mb": 0.05}, passes=[SPARSITIES], trials=3)
+    assert {path: path.stat().st_mtime_ns for path in run.shelf.glob("*/made.json")} == made
 
 
 @pytest.mark.usefixtures("ray_session")

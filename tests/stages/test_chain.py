@@ -102,7 +102,9 @@ def test_a_pass_that_cannot_be_done_fails_once_for_every_chain_that_has_it(explo
 
 
 def test_what_was_cut_off_goes_on_from_its_checkpoints(bench, trained, explore, made, monkeypatch):
-    links = links_of(CompressConfig(passes=(PRUNE,)).steps(pruned_then("static")), start="train", seed=0)
+    links = links_of(
+        CompressConfig(passes=(PRUNE,)).steps(pruned_then("static")), start="train", seed=0, root=bench.root
+    )
     folder = explore.shelf / links[0].digest
 
     def killed(path, document):

@@ -21,6 +21,8 @@ from heliostat.core.model import Spec
 from heliostat.core.spec import Resources, Task
 from heliostat.errors import SpecError, nearest
 
+SHELF = "shelf"
+"""The name of a folder beside those of a stage's nodes."""
 Place = Literal["driver", "task"]
 Measured = Literal["later", "before", "together"]
 
@@ -85,6 +87,13 @@ class StageContext:
     """How often a process of the stage that died is started again. The runner does so for a stage that is a task."""
     cancel: threading.Event | None = field(default=None, compare=False)
     """Set when the run is being stopped. Only stages that run in the driver have it; a task is cancelled whole."""
+
+    @property
+    def shelf(self) -> Path:
+        """A folder that all nodes of the stage share and no run clears, unless it is forced: for what is named by its
+        content. Nothing in it is part of an artifact.
+        """
+        return self.folder.parent / SHELF
 
     def one(self, slot: str) -> Artifact:
         """The single artifact in `slot`."""

@@ -163,14 +163,15 @@ def _search(context: StageContext, config: CompressConfig, source: Artifact, obj
     from heliostat.runtime.trials import search
     from heliostat.stages.measure import recipe_of
 
-    shelf = context.folder / "chains"
-    shelf.mkdir(exist_ok=True)
+    context.shelf.mkdir(exist_ok=True)
+    if not any(context.folder.iterdir()):
+        _forget_failures(context.shelf)
     recipe = recipe_of(source.record.params)
     make = partial(
         _explore,
         config=config,
         source=source,
-        shelf=shelf,
+        shelf=context.shelf,
         task=context.task,
         root=context.root,
         seed=context.seed,
@@ -209,6 +210,13 @@ def _search(context: StageContext, config: CompressConfig, source: Artifact, obj
         )
 
 
+def _forget_failures(shelf: Path) -> None:
+    """A new search tries again what could not be done in others: that may have been mended since."""
+    for made in shelf.glob(f"*/{MADE}"):
+        if "failed" in json.loads(made.read_text(encoding="utf-8")):
+            made.unlink()
+
+
 def _explore(params: Mapping[str, Any], **settings: Any) -> dict[str, float]:
     """In the process of a trial: the driver of a search imports no torch."""
     from heliostat.stages.passes.chain import explore
@@ -217,7 +225,7 @@ def _explore(params: Mapping[str, Any], **settings: Any) -> dict[str, float]:
 
 
 def _chain(context: StageContext, config: CompressConfig, source: Artifact, trial: "TrialRecord") -> list[Link]:
-    return links_of(config.steps(trial.params), start=source.record.fingerprint, seed=context.seed)
+    return links_of(config.steps(trial.params), start=source.record.fingerprint, seed=context.seed, root=context.root)
 
 
 def _verdicts_of_the_search(
@@ -262,7 +270,7 @@ def _choose(
 
 def _keep(context: StageContext, trial: "TrialRecord", links: Sequence[Link]) -> _Kept:
     """A copy of what a chain came to, where it stays."""
-    made = context.folder / "chains" / links[-1].digest
+    made = context.shelf / links[-1].digest
     outcome = json.loads((made / MADE).read_text(encoding="utf-8"))
     folder = f"front/{trial.id}"
     _copy(made, outcome["files"], context.folder / folder)

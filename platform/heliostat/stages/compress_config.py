@@ -4,11 +4,13 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from heliostat.core.identity import fingerprint
+from heliostat.core.imports import digest_sources, own_sources
 from heliostat.core.model import Count, Positive, Spec
 from heliostat.core.paths import overlay, why_not_a_path
 from heliostat.core.probes import probes
@@ -135,12 +137,21 @@ def settings_of(params: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {path.removeprefix(f"{name}."): value for path, value in params.items() if path.startswith(f"{name}.")}
 
 
-def links_of(steps: Sequence[Step], *, start: str, seed: int) -> list[Link]:
-    """The steps as links of a chain that begins at the model with the fingerprint `start`."""
+def links_of(steps: Sequence[Step], *, start: str, seed: int, root: Path) -> list[Link]:
+    """The steps as links of a chain that begins at the model with the fingerprint `start`, which stands for the task.
+
+    `root` is the folder of the user's modules: what a pass alone uses of them counts too.
+    """
     links, digest = [], start
     for step in steps:
-        config = step.config.model_dump(mode="json")
-        identity = {"source": digest, "uses": step.uses, "config": config, "seed": seed}
+        identity = {
+            "source": digest,
+            "uses": step.uses,
+            "version": find_kind(step.uses).version,
+            "config": step.config.model_dump(mode="json"),
+            "sources": digest_sources(own_sources(getattr(step.config, "code_references", ()), root)),
+            "seed": seed,
+        }
         digest = fingerprint(identity)
         links.append(Link(step.uses, step.config, digest))
     return links

@@ -65,9 +65,8 @@ def explore(
         on_epoch=lambda epoch, row: gate.give_way(),
         teacher=start,
     )
-    made = make_chain(
-        links_of(config.steps(params), start=source.record.fingerprint, seed=seed), start, shop=shop, gate=gate
-    )
+    links = links_of(config.steps(params), start=source.record.fingerprint, seed=seed, root=root)
+    made = make_chain(links, start, shop=shop, gate=gate)
     gate.give_way()
     finished = load_model(made.folder)
     figures = costs_of(made.folder) | evaluate(finished, data["val"], build_objective(task), split="val")
