@@ -112,7 +112,6 @@ def compressed(folder: Path, seed: int) -> dict[str, dict[str, Any]]:
         [sys.executable, "-m", "heliostat.cli", "run", str(pipeline), "--json"],
         check=True,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
