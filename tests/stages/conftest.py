@@ -12,24 +12,20 @@ from heliostat.core.artifact import Artifact, Record, digest_files, write_record
 from heliostat.core.imports import use_root
 from heliostat.core.load import load_pipeline
 from heliostat.core.spec import Resources, Task
-from heliostat.core.stage import StageContext, find_kind
+from heliostat.core.stage import StageContext, Unheard, find_kind
 from heliostat.stages.models import fine_tune, save_trained
 from heliostat.training.config import TrainConfig
 from heliostat.training.task import build_model
 
 
 @dataclass
-class Rows:
+class Rows(Unheard):
     """A reporter that keeps the rows of metrics."""
 
     rows: list[dict[str, float]] = field(default_factory=list)
 
     def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None:
         self.rows.append(dict(values))
-
-    def trial_started(self, trial: str, params: Mapping[str, Any]) -> None: ...
-    def trial_ended(self, trial: str, status: str, *, metrics: Any, reason: str | None = None) -> None: ...
-    def progress(self, **fields: Any) -> None: ...
 
 
 @dataclass(frozen=True)
