@@ -38,6 +38,11 @@ def test_single_values_are_told_by_name_one_level_deep():
     assert not any("deeper" in cell for line in lines for cell in line)
 
 
+def test_texts_have_a_line_each():
+    lines = [line.strip() for line in shown({"warnings": ["a worker died", "a checkpoint is damaged"]}).splitlines()]
+    assert lines[lines.index("warnings   a worker died") + 1] == "a checkpoint is damaged"
+
+
 def test_rows_may_have_mappings_and_need_not_be_alike():
     front = [{"trial": "0001", "objectives": {"val_accuracy": 0.9}}, {"trial": "0002", "why": "fast"}]
     lines = cells(shown({"front": front}))

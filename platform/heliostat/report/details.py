@@ -17,7 +17,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def detail_tables(details: Mapping[str, Any], *, width: int) -> Iterator[RenderableType]:
     """Tables for a terminal of `width` columns."""
-    values = {name: value for name, value in _flat(details).items() if not _is_nested(value)}
+    values = {name: _listed(value) for name, value in _flat(details).items() if not _is_nested(value)}
     if values:
         yield table_of(("details", ""), list(values.items()))
     for name, rows in details.items():
@@ -55,6 +55,12 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, Mapping) else {name: value}
     return flat
+
+
+def _listed(value: Any) -> Any:
+    """Texts, such as warnings, with a line for each."""
+    is_texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return "\n".join(value) if is_texts else value
 
 
 def _is_nested(value: Any) -> bool:
