@@ -85,6 +85,8 @@ def test_a_trial_whose_process_died_begins_anew_as_often_as_it_may(run, tmp_path
     outcome = run(algorithm="grid", space=once, resources=ONE_AT_A_TIME, retries=1)
     assert [(trial.status, trial.epochs) for trial in outcome.trials] == [("done", 2), ("done", 2)]
     assert [event["id"] for event in events(tmp_path, "restarted")] == ["0001", "0002"]
+    died = "its process was killed or crashed; it begins anew"
+    assert reporter.warnings == [f"trial 0001: {died}", f"trial 0002: {died}"]
     assert {trial: [epoch for epoch, _ in rows] for trial, rows in reporter.rows.items()} == {
         "0001": [1, 2],
         "0002": [1, 2],

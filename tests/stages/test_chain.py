@@ -51,6 +51,7 @@ def explore(bench, trained, tmp_path):
                 seed=0,
                 data=build_data(bench.task, recipe.data_args),
                 gate=gate,
+                warn=pytest.fail,
             )
 
     run.shelf = shelf

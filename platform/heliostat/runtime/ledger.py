@@ -167,9 +167,14 @@ class Ledger:
         params = json.dumps(self.standing.open[trial].params)
         return {"trial": trial, "params": params, "seed": trial_seed(self._seed, trial)}
 
-    def restarted(self, trial: str) -> None:
+    def restarted(self, trial: str, *, why: str) -> None:
         """The trial's process died, and another begins it anew."""
+        first_line, _, _ = why.partition("\n")
+        self.warned(trial, f"{first_line}; it begins anew")
         self._record(Restarted(trial))
+
+    def warned(self, trial: str, text: str) -> None:
+        self._reporter.warn(f"trial {trial}: {text}")
 
     def rows(self, trial: str, rows: Sequence[Row]) -> None:
         if rows:

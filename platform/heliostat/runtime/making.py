@@ -5,7 +5,7 @@ epoch.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,7 +27,9 @@ DRAWS = 200
 class Make(Protocol):
     """From parameters to figures. It is at work in `gate`, gives way in it now and then, and times its model alone."""
 
-    def __call__(self, params: Mapping[str, Any], *, data: "Data", gate: Gate) -> dict[str, float]: ...
+    def __call__(
+        self, params: Mapping[str, Any], *, data: "Data", gate: Gate, warn: Callable[[str], None]
+    ) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,10 @@ A trial that fails answers with its traceback and leaves the process as it is, f
 """
 
 import json
-import logging
 import math
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,6 @@ from heliostat.runtime.tasks import own_traceback
 from heliostat.training.config import TrainConfig
 
 ANSWER_S = 1.0
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +79,7 @@ class TrialRun:
         self._work, self._stop_at = work, stop_at
         self._turn = threading.Condition()
         self._rows: list[Row] = []
+        self._warnings: list[str] = []
         self._last: tuple[int, float] | None = None
         """The latest epoch and the objective there."""
         self._at_rung = False
@@ -102,12 +100,12 @@ class TrialRun:
                 self._at_rung = False
                 self._turn.notify_all()
             self._turn.wait_for(lambda: self._over or self._at_rung, timeout=ANSWER_S)
-            result: dict[str, Any] = {"rows": self._rows}
+            result: dict[str, Any] = {"rows": self._rows, "warnings": self._warnings}
             if self._over:
                 result |= {"done": True, "outcome": "failed" if self._reason else "done", "reason": self._reason}
             if self._last and not self._reason and (self._over or self._at_rung):
                 result |= {"epoch": self._last[0], "value": self._last[1]}
-            self._rows, self._told = [], self._at_rung
+            self._rows, self._warnings, self._told = [], [], self._at_rung
             return result
 
     def stop(self, *, wait: bool) -> None:
@@ -139,9 +137,13 @@ class TrialRun:
             self._stopping |= epoch == self._stop_at
             return self._stopping
 
+    def _warn(self, text: str) -> None:
+        with self._turn:
+            self._warnings.append(text)
+
     def _train(self, trial: str, params: Mapping[str, Any], seed: int) -> None:
         try:
-            train_trial(self._work, trial, params, seed, self._on_epoch)
+            train_trial(self._work, trial, params, seed, self._on_epoch, self._warn)
         except _StoppedError:
             pass
         except HeliostatError as error:
@@ -153,11 +155,13 @@ class TrialRun:
             self._turn.notify_all()
 
 
-def train_trial(work: TrialWork, trial: str, params: Mapping[str, Any], seed: int, on_epoch: OnEpoch) -> None:
+def train_trial(
+    work: TrialWork, trial: str, params: Mapping[str, Any], seed: int, on_epoch: OnEpoch, warn: Callable[[str], None]
+) -> None:
     """Do a trial's work with `params`, from a state in which no earlier trial can be seen."""
     config = overlay(work.train, params) if work.making is None else work.train
     if work.making is None and work.resources.workers_per_trial > 1:
-        _train_together(work, trial, config, seed, on_epoch)
+        _train_together(work, trial, config, seed, _Bridge(on_epoch, warn))
         return
 
     def on_row(epoch: int, row: Mapping[str, float]) -> bool:
@@ -166,7 +170,7 @@ def train_trial(work: TrialWork, trial: str, params: Mapping[str, Any], seed: in
 
     with ended_if_it_hangs(work.resources.hang_timeout_s, note=work.hang_note(trial)):
         if work.making is not None:
-            _make_here(work, work.making, params, seed, on_row)
+            _make_here(work, work.making, params, seed, on_row, warn)
         else:
             _train_here(work, config, seed, on_row)
 
@@ -205,14 +209,21 @@ def _train_here(work: TrialWork, config: TrainConfig, seed: int, on_epoch: OnEpo
         run_training(work.task, config, world=world, seed=seed, on_epoch=on_epoch, require_checkpoint=False, data=data)
 
 
-def _make_here(work: TrialWork, making: Making, params: Mapping[str, Any], seed: int, on_epoch: OnEpoch) -> None:
+def _make_here(
+    work: TrialWork,
+    making: Making,
+    params: Mapping[str, Any],
+    seed: int,
+    on_epoch: OnEpoch,
+    warn: Callable[[str], None],
+) -> None:
     from heliostat.training.task import build_data
 
     _begin(work, making.code_references, seed)
     data_args = work.train.data_args
     data = (work.data.read(data_args) if work.data else None) or build_data(work.task, data_args)
     with gate_of_this_node() as gate, gate.at_work():
-        figures = making.make(params, data=data, gate=gate)
+        figures = making.make(params, data=data, gate=gate, warn=warn)
     on_epoch(1, figures)
 
 
@@ -226,11 +237,10 @@ def _begin(work: TrialWork, references: Sequence[str], seed: int) -> None:
     seed_everything(seed)
 
 
-def _train_together(work: TrialWork, trial: str, config: TrainConfig, seed: int, on_epoch: OnEpoch) -> None:
+def _train_together(work: TrialWork, trial: str, config: TrainConfig, seed: int, bridge: "_Bridge") -> None:
     """Through Ray Train, whose rows arrive in a thread of their own; a verdict to stop goes back the same way."""
     from heliostat.runtime.trainer import train_workers
 
-    bridge = _Bridge(on_epoch)
     folder = work.folder / "trials" / trial
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted search left: its rows must all come again
     resources = work.resources.model_copy(update={"workers": work.resources.workers_per_trial, "max_workers": None})
@@ -256,15 +266,15 @@ def _train_together(work: TrialWork, trial: str, config: TrainConfig, seed: int,
 
 
 class _Bridge(Unheard):
-    """A reporter that hands each row to `on_epoch`."""
+    """A reporter that hands each row to `on_epoch`, and each warning to `warn`."""
 
-    def __init__(self, on_epoch: OnEpoch) -> None:
-        self._on_epoch = on_epoch
+    def __init__(self, on_epoch: OnEpoch, warn: Callable[[str], None]) -> None:
+        self._on_epoch, self._warn = on_epoch, warn
         self.stopping = threading.Event()
         self.error: Exception | None = None
 
     def warn(self, text: str) -> None:
-        log.warning("%s", text)
+        self._warn(text)
 
     def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None:
         try:

@@ -218,7 +218,10 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        self._ledger.rows(trial.config["trial"], result.pop("rows"))
+        name = trial.config["trial"]
+        self._ledger.rows(name, result.pop("rows"))
+        for text in result.pop("warnings"):
+            self._ledger.warned(name, text)
         if self._judge and (verdict := self._judge.take_verdict()):
             self._ledger.judged(verdict)
 
@@ -229,12 +232,14 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
             statistics.clear()
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._ledger.restarted(trial.config["trial"])
+        self._ledger.restarted(trial.config["trial"], why=self._why_lost(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        name = trial.config["trial"]
-        hung = why_it_hung(self._work.resources.hang_timeout_s, note=self._work.hang_note(name))
-        self._ledger.ended(name, "failed", hung or _why_lost(trial))
+        self._ledger.ended(trial.config["trial"], "failed", self._why_lost(trial))
+
+    def _why_lost(self, trial: Trial) -> str:
+        note = self._work.hang_note(trial.config["trial"])
+        return why_it_hung(self._work.resources.hang_timeout_s, note=note) or _why_lost(trial)
 
 
 def _why_lost(trial: Trial) -> str:

@@ -8,7 +8,7 @@ died leaves its lock, and the checkpoints of its training, to the next.
 import fcntl
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,6 +49,7 @@ def explore(
     seed: int,
     data: Data,
     gate: Gate,
+    warn: Callable[[str], None],
 ) -> dict[str, float]:
     """Make of `source` the model that `params` describe, and measure its quality on `val`, its size and its latency.
 
@@ -63,6 +64,7 @@ def explore(
         root=root,
         folder=shelf,
         on_epoch=lambda epoch, row: gate.give_way(),
+        warn=warn,
         teacher=start,
     )
     links = links_of(config.steps(params), start=source.record.fingerprint, seed=seed, root=root)
