@@ -78,7 +78,7 @@ def test_auto_splits_a_model_that_is_too_large_for_a_worker_and_trains_the_same_
 
 def test_auto_also_splits_the_model_of_a_users_own_loop(trained: Any) -> None:
     assert_same_own_loop(trained, "auto", 2)
-    assert trained("auto", 2)["own_loop"]["taken"] == "fsdp"
+    assert trained("auto", 2)["own_loop"]["taken"] == "tp"  # the largest unit alone is too large to be gathered
 
 
 @pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp", "tp"])
