@@ -126,9 +126,12 @@ def blind_node(toy, nodes):
     store.mkdir()
     ray = Path(sys.executable).with_name("ray")
     start = f"mount -t tmpfs tmpfs {store} && exec {ray} start --address {nodes.address} --num-cpus 1 --block"
-    command = ["unshare", "--mount", "--kill-child", "--fork", "sh", "-c", start]
     process = subprocess.Popen(
-        command, env=nodes.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["unshare", "--mount", "sh", "-c", start],
+        env=nodes.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     for line in process.stdout:
         if "--block" in line:
@@ -136,8 +139,8 @@ def blind_node(toy, nodes):
     else:
         pytest.skip("needs the right to mount a file system")
     yield
-    process.kill()
-    process.communicate()
+    process.terminate()
+    process.communicate(timeout=60)
 
 
 @pytest.mark.slow
