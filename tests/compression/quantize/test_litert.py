@@ -52,3 +52,15 @@ def test_fewer_bits_make_a_smaller_file_without_any_data(tmp_path, exact, images
         assert compare_outputs(load_model(exact), load_model(tmp_path / name), images)["mean_abs_diff"] < off_by
         assert read_record(tmp_path / name)["quantization"]["float_ops"] == in_float
     assert size_mb(tmp_path / "4") < 0.8 * size_mb(tmp_path / "8") < 0.4 * size_mb(exact)
+
+
+def test_attention_that_reads_tokens_is_quantized_layer_by_layer(tmp_path, nets):
+    tokens = torch.randint(50, (8, 7))
+    save_program(nets.Transformer(), tmp_path / "float", example=tokens, format="tflite")
+    inside = [f"encoder.{number}.{name}" for number in (0, 1) for name in ("self_attn", "linear1", "linear2")]
+    assert layers_of(tmp_path / "float") == [*inside, "head"]
+    static(tmp_path / "float", tmp_path / "int8", calibration=[tokens], skip=["encoder.1.*"])
+    quantization = read_record(tmp_path / "int8")["quantization"]
+    assert (quantization["int8_ops"], quantization["float_ops"]) == ({"Linear": 5}, {"Linear": 4})
+    exact, small = load_model(tmp_path / "float"), load_model(tmp_path / "int8")
+    assert 0 < compare_outputs(exact, small, tokens)["mean_abs_diff"] < 0.02

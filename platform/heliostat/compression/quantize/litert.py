@@ -31,6 +31,8 @@ WEIGHTED = {
     "FULLY_CONNECTED": "Linear",
 }
 """The operators with weights, and what they are called in a record. The weights are their second input."""
+WEIGHTED_CLASS = re.compile(r"torch\.nn\.modules\.(conv|linear)\.\w+$|\.MultiheadAttention_\w+$")
+"""Ends the name of a layer with weights."""
 ALL = ".*"
 """Matches every operator's scope."""
 
@@ -214,13 +216,18 @@ def _layers(graph: Any) -> Iterator[tuple[str, str]]:
     tensors = graph.subgraphs[0].tensors
     for name, operator in _operators(graph):
         if name in WEIGHTED:
-            layer = _layer(get_tensor_name(tensors[operator.inputs[1]]))
-            if layer:
+            named = [get_tensor_name(tensors[number]) for number in (operator.inputs[1], operator.outputs[0])]
+            if layer := _layer(named):
                 yield layer, get_op_scope(operator, tensors)
 
 
-def _layer(tensor: str) -> str:
-    """`encoder.head` of `nets.Net/nets.Encoder_encoder/torch.nn.Linear_head;1`: classes and names of modules, outermost
-    first. A name that was fused out of several ends with the layer's own."""
-    modules = tensor.rpartition(";;")[2].partition(";")[0].split("/")[1:]
+def _layer(tensors: Sequence[str]) -> str:
+    """`encoder.head` of `nets.Net/nets.Encoder_encoder/torch.nn.modules.linear.Linear_head;1`, a tensor's name.
+
+    That is classes and names of modules, outermost first. A tensor that was fused out of several has the names of all,
+    of which the layer's own is a convolution, a linear layer or attention, or else the innermost; a constant has none.
+    """
+    paths = [part.partition(";")[0] for tensor in tensors for part in tensor.split(";;") if "/" in part]
+    own = [path for path in paths if WEIGHTED_CLASS.search(path)] or sorted(paths, key=lambda path: -path.count("/"))
+    modules = own[0].split("/")[1:] if own else []
     return ".".join(module.rpartition(".")[2].partition("_")[2] for module in modules)
