@@ -59,3 +59,14 @@ def test_a_search_learns_from_the_trials_of_an_earlier_one_and_runs_none_of_them
     tried, then = (json.loads((given.folder / "trials.json").read_text()) for given in (warm, before))
     assert [trial["id"] for trial in tried] == ["0001", "0002"]
     assert not [trial for trial in tried if trial["params"] in [other["params"] for other in then]]
+
+
+def test_a_search_that_learns_first_tries_what_the_file_would_train_with(context):
+    train = {"epochs": 1, "batch_size": 16, "optimizer": {"lr": 0.02}, "model_args": {"width": 8}}
+    given = context("known")
+    found = tune(
+        given, TuneConfig.model_validate({"space": SPACE, "train": train, "algorithm": "bayesian", "trials": 2})
+    )
+    first, _ = json.loads((given.folder / "trials.json").read_text())
+    assert first["params"] == {"optimizer.lr": 0.02, "model_args.width": 8}
+    assert found.metrics["val_loss"] <= first["metrics"]["val_loss"]

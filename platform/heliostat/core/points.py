@@ -1,5 +1,6 @@
 """From a point of a space back to what an engine would have drawn for it."""
 
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,21 @@ def numbers_at(space: Space, point: Mapping[str, Any]) -> dict[str, tuple[Varied
     if unknown := next((path for path in point if path not in there), None):
         raise SpecError(f"{unknown}: not in the space at this point, only at others")
     return found
+
+
+def point_near(space: Space, values: Mapping[str, Any], rng: random.Random) -> dict[str, Any] | None:
+    """The point with those of the values (path -> value) that lie in the space, the others drawn; None without any."""
+    met = False
+
+    def number(label: str, dimension: Varied) -> Any:
+        nonlocal met
+        path = label.rpartition("/")[2]
+        known = _number(dimension, values[path]) if path in values else None
+        met = met or known is not None
+        return dimension.sample(rng) if known is None else known
+
+    point = space.point(number)
+    return point if met else None
 
 
 def _numbers(space: Space, point: Mapping[str, Any], prefix: str) -> dict[str, tuple[Varied, Any]]:

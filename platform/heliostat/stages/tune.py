@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from heliostat.core.capacity import Need
+from heliostat.core.imports import resolve
 from heliostat.core.objective import Bound, Mode, Objective, Objectives
 from heliostat.core.paths import overlay, why_not_a_path
-from heliostat.core.points import numbers_at
+from heliostat.core.points import numbers_at, point_near
 from heliostat.core.probes import probes
 from heliostat.core.space import Space
 from heliostat.core.spec import Resources
@@ -17,6 +18,7 @@ from heliostat.errors import SpecError, nearest
 from heliostat.stages.checks import check_arguments, check_loop, check_metric, check_searched
 from heliostat.stages.earlier import digest_of, lessons_of
 from heliostat.stages.evaluate_after import appraisal_of, check_appraised, check_passes
+from heliostat.stages.first_point import known_values
 from heliostat.stages.trials_file import write_trials
 from heliostat.stages.tune_config import (
     COSTS,
@@ -157,6 +159,11 @@ def _explain(config: TuneConfig, view: ConfigView) -> Mapping[str, str]:
     algorithm, trials, reason = config.method
     useless = _why_useless(config, view.resources, trials) if config.scheduler else None
     explained = {"algorithm": f"{algorithm}, {reason}"} | ({"scheduler": useless} if useless else {})
+    if _begins_with_known(config):
+        known = known_values(Space.parse(config.space), config.train, view.functions)
+        if known:
+            values = ", ".join(f"{path} {value}" for path, value in known.items())
+            explained["first trial"] = f"what config.train comes to without a search: {values}"
     for place, stated in config.earlier.items():
         objectives = objectives_of(config, view.task.metric_modes)
         lessons = lessons_of(stated, root=view.root, space=Space.parse(config.space), objectives=objectives)
@@ -273,7 +280,7 @@ def _search(
         retries=context.retries,
         folds=config.folds,
         appraisal=appraisal_of(context, passes=config.evaluate_after, costs=tuple(config.costs)),
-        start_from=tuple(config.points.values()),
+        start_from=_first(context, config),
         earlier=earlier,
     )
 
@@ -284,6 +291,24 @@ def _earlier(context: StageContext, config: TuneConfig, objectives: Objectives) 
         lessons_of(stated, root=context.root, space=space, objectives=objectives) for stated in config.earlier.values()
     ]
     return tuple(trial for lessons in searches for trial in lessons.trials)
+
+
+def _first(context: StageContext, config: TuneConfig) -> Sequence[Mapping[str, Any]]:
+    """The points that the file gives, else the one that it would train with."""
+    if not _begins_with_known(config):
+        return tuple(config.points.values())
+    functions = {"model": resolve(context.task.model), "data": resolve(context.task.data)}
+    space = Space.parse(config.space)
+    point = point_near(space, known_values(space, config.train, functions), random.Random(context.seed))
+    return (point,) if point else ()
+
+
+def _begins_with_known(config: TuneConfig) -> bool:
+    """Whether there is something to learn from the first trial, and the file names no other beginning."""
+    from heliostat.runtime.engines import engines
+
+    algorithm, _, _ = config.method
+    return engines()[algorithm].learns and not config.start_from
 
 
 def _settings(scheduler: SchedulerConfig) -> "Settings":

@@ -57,5 +57,5 @@ def engines() -> Mapping[str, EngineKind]:
 
 
 def startup_trials(trials: int) -> int:
-    """How many trials an engine that models the objective draws at random first."""
-    return min(20, max(4, trials // 3))
+    """How many trials an engine that models the objective draws at random first, as Optuna does by default."""
+    return min(10, max(4, trials // 3))
