@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
-.PHONY: install demo test test-all check bench clean
+.PHONY: install demo test test-all test-gpu check bench clean
 
 install: $(STAMP)
 
@@ -22,7 +22,10 @@ test: check
 	$(BIN)/python -m pytest
 
 test-all: check
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: install
+	$(BIN)/python -m pytest tests/gpu -m gpu
 
 check: install
 	$(BIN)/ruff check .
