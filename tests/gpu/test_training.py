@@ -20,12 +20,12 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 class Transformer(nn.Module):
-    def __init__(self, width: int = 32, layers: int = 1) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(100, width)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 5)
+        self.embedding = nn.Embedding(100, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 128, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 5)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         outputs: torch.Tensor = self.head(self.encoder(self.embedding(tokens)).mean(dim=1))
@@ -110,25 +110,3 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit_in_determini
     whole = train("transformer", GPU, **settings)
     assert losses(resumed) == losses(whole)
     assert all(torch.equal(resumed.state[name], whole.state[name]) for name in whole.state)
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_the_estimate_of_memory_is_within_a_quarter_of_what_the_gpu_held(optimizer):
-    model, inputs = Transformer(width=512, layers=6), torch.randint(0, 100, (256, 64))
-    data = {split: TensorDataset(inputs, torch.zeros(256, dtype=torch.long)) for split in ("train", "val")}
-    config = TrainConfig.model_validate({"epochs": 2, "batch_size": 64, "optimizer": {"name": optimizer}})
-    fit(
-        mlp(),
-        {"train": TensorDataset(torch.randn(8, 8), torch.zeros(8, dtype=torch.long))},
-        config,
-        objective=OBJECTIVE,
-        seed=0,
-        world=World(device=GPU),
-    )  # what the libraries keep for themselves
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    found = fit(model, data, config, objective=OBJECTIVE, seed=0, world=World(device=GPU))
-    (row,) = found.choice["memory"]
-    measured_mb = (torch.cuda.max_memory_allocated() - before) / 1e6
-    assert row["total_mb"] == pytest.approx(measured_mb, rel=0.25)

@@ -53,17 +53,3 @@ def test_trials_share_a_gpu(run):
         "resources": {"gpus_per_worker": 0.5},
     }
     assert run(search)["search"]["status"] == "ran"
-
-
-def test_a_model_trained_on_a_gpu_is_compressed_and_runs_on_the_cpu(run):
-    prune = {"name": "prune", "uses": "prune", "inputs": {"model": "train"}, "config": {"sparsity": 0.5}}
-    int8 = {"name": "int8", "uses": "quantize", "inputs": {"model": "prune"}, "config": {"method": "static"}}
-    nodes = run(training("train"), prune, int8)
-    assert nodes["int8"]["metrics"]["val_accuracy"] > 0.6
-
-
-def test_a_user_is_told_of_more_gpus_than_there_are(toy, heliostat):
-    toy.write({**toy.document, "stages": [training("many", gpus_per_worker=64)]})
-    done = heliostat("run", toy.file)
-    assert done.returncode == 3
-    assert "64 GPUs" in done.stderr

@@ -116,7 +116,18 @@ def explained(toy):
     ],
 )
 def test_the_plan_shows_which_algorithm_a_search_takes_and_why(explained, config, expected):
-    assert explained(**config) == {"algorithm": expected}
+    assert explained(**config)["algorithm"] == expected
+
+
+def test_the_plan_shows_with_what_a_search_that_learns_begins(explained):
+    space = {**LARGE, "model_args.width": {"choice": [4, 8]}, "batch_size": {"choice": [16, 32]}}
+    begun = explained(space=space, trials=40, train={"batch_size": 16})
+    expected = "what config.train comes to without a search: optimizer.lr 0.001, batch_size 16"
+    assert begun["first trial"] == expected
+    assert "first trial" not in explained(
+        space=space, trials=40, start_from={"optimizer.lr": 0.01, "batch_size": 32, "model_args.width": 4}
+    )
+    assert "first trial" not in explained(space=space, algorithm="random")
 
 
 def test_the_plan_shows_what_a_trials_model_goes_through(explained):

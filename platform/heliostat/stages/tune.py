@@ -2,11 +2,11 @@
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from heliostat.core.capacity import Need
-from heliostat.core.imports import resolve
+from heliostat.core.imports import resolve, use_root
 from heliostat.core.objective import Bound, Mode, Objective, Objectives
 from heliostat.core.paths import overlay, why_not_a_path
 from heliostat.core.points import numbers_at, point_near
@@ -159,11 +159,10 @@ def _explain(config: TuneConfig, view: ConfigView) -> Mapping[str, str]:
     algorithm, trials, reason = config.method
     useless = _why_useless(config, view.resources, trials) if config.scheduler else None
     explained = {"algorithm": f"{algorithm}, {reason}"} | ({"scheduler": useless} if useless else {})
-    if _begins_with_known(config):
+    if _begins_with_known(config) and (point := _known_point(config, view.functions, seed=0)):
         known = known_values(Space.parse(config.space), config.train, view.functions)
-        if known:
-            values = ", ".join(f"{path} {value}" for path, value in known.items())
-            explained["first trial"] = f"what config.train comes to without a search: {values}"
+        values = ", ".join(f"{path} {value}" for path, value in known.items() if point.get(path) == value)
+        explained["first trial"] = f"what config.train comes to without a search: {values}"
     for place, stated in config.earlier.items():
         objectives = objectives_of(config, view.task.metric_modes)
         lessons = lessons_of(stated, root=view.root, space=Space.parse(config.space), objectives=objectives)
@@ -297,10 +296,18 @@ def _first(context: StageContext, config: TuneConfig) -> Sequence[Mapping[str, A
     """The points that the file gives, else the one that it would train with."""
     if not _begins_with_known(config):
         return tuple(config.points.values())
+    use_root(context.root)
     functions = {"model": resolve(context.task.model), "data": resolve(context.task.data)}
-    space = Space.parse(config.space)
-    point = point_near(space, known_values(space, config.train, functions), random.Random(context.seed))
+    point = _known_point(config, functions, seed=context.seed)
     return (point,) if point else ()
+
+
+def _known_point(
+    config: TuneConfig, functions: Mapping[str, Callable[..., Any]], *, seed: int
+) -> dict[str, Any] | None:
+    """What the file would train with, as far as it lies in the space; the rest is drawn."""
+    space = Space.parse(config.space)
+    return point_near(space, known_values(space, config.train, functions), random.Random(seed))
 
 
 def _begins_with_known(config: TuneConfig) -> bool:
