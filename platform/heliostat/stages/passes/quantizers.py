@@ -19,6 +19,8 @@ Uncalibrated = Callable[[Path, Path, Workshop, QuantizeConfig], Files]
 
 @dataclass(frozen=True)
 class Tool:
+    """What one backend quantizes with."""
+
     export: Callable[..., Files]
     """Saves a torch model, with an `example`, in the format that the others start from."""
     layers_of: Callable[[Path], list[str]]
