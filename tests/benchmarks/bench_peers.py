@@ -152,7 +152,7 @@ def verdict(peer: Row, front: list[Row]) -> Row:
     cheaper = [row for row in front if all(row[cost] <= noise * peer[cost] for cost, noise in costs.items())]
     if not cheaper:
         return {"peer": peer["model"], "verdict": "not beaten", "by": None}
-    ours = max(cheaper, key=lambda row: row["test_accuracy"])
+    ours = max(cheaper, key=lambda row: (row["test_accuracy"], -row["latency_ms"]))
     if ours["test_accuracy"] >= peer["test_accuracy"]:
         found = "dominated"
     else:
