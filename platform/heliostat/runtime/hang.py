@@ -14,41 +14,54 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from heliostat.core.stage import StageContext, StageResult, call_stage
 from heliostat.errors import StageError
 
 NOTE = ".hang.txt"
 LOOK_S = 1.0
-OWN_SHARE, HELPERS_SHARE = 0.001, 0.05
-"""So much of a CPU's time is a sign of life: of the thread itself, even one that only waits for a slow download; and
-of all threads and child processes together. What Ray does in an idle process takes a hundredth (measured)."""
+OWN_SHARE, CHILDREN_SHARE, ALL_SHARE = 0.001, 0.01, 0.05
+"""So much of a CPU's time is a sign of life: of the thread itself, even one that only waits for a slow download; of its
+child processes; of all threads of the process, of which those of Ray take a hundredth when it is idle (measured)."""
 PLUMBING = str(Path("heliostat", "runtime"))
 """Frames from here outwards are of no interest."""
 _cpu_clock_of = getattr(time, "pthread_getcpuclockid", lambda thread: time.CLOCK_PROCESS_CPUTIME_ID)
 """macOS has no such clock of a thread."""
 
 
+class _Reading(NamedTuple):
+    """What the clocks say, in seconds, and how many signs of life there were."""
+
+    at: float
+    signs: int
+    own_s: float
+    all_s: float
+
+
 class _Watch:
-    """What is seen of one thread."""
+    """What another thread sees of one."""
 
     def __init__(self, thread: int) -> None:
         self.signs = self.waits = 0
         self._thread, self._clock = thread, _cpu_clock_of(thread)
-        self._seen_signs, self._looked_at = 0, time.monotonic()
-        self._own_s, self._all_s = time.clock_gettime(self._clock), 0.0
+        self._children_s = 0.0
 
-    def sees_life(self) -> bool:
-        """Whether there was a sign of it since the last look."""
-        passed, own_s = time.monotonic() - self._looked_at, time.clock_gettime(self._clock)
-        had_sign, used_s = self.signs > self._seen_signs, own_s - self._own_s
-        self._seen_signs, self._looked_at, self._own_s = self.signs, time.monotonic(), own_s
-        if had_sign or self.waits:
+    def read(self) -> _Reading:
+        """What the thread that looks uses itself does not count."""
+        own_s, all_s = time.clock_gettime(self._clock), time.process_time() - time.thread_time()
+        return _Reading(time.monotonic(), self.signs, own_s, all_s)
+
+    def is_alive(self, since: _Reading, now: _Reading) -> bool:
+        """Whether there was a sign of it between two readings."""
+        if now.signs > since.signs or self.waits:
             return True
         if self._is_in_step():
             return False
-        return used_s >= OWN_SHARE * passed or self._helpers_used_s() >= HELPERS_SHARE * passed
+        passed = now.at - since.at
+        if now.own_s - since.own_s >= OWN_SHARE * passed or now.all_s - since.all_s >= ALL_SHARE * passed:
+            return True
+        return self._children_used_s() >= CHILDREN_SHARE * passed
 
     def _is_in_step(self) -> bool:
         trainee = sys.modules.get("heliostat.training.trainee")
@@ -60,18 +73,18 @@ class _Watch:
             frame = frame.f_back
         return frame is not None
 
-    def _helpers_used_s(self) -> float:
-        """Since this was last looked at. It takes milliseconds, so it comes last."""
+    def _children_used_s(self) -> float:
+        """Since this was last asked. It takes milliseconds, so it is asked last."""
         import psutil  # comes with Ray
 
-        before, self._all_s = self._all_s, time.process_time()
+        before, self._children_s = self._children_s, 0.0
         for child in psutil.Process().children(recursive=True):
             try:
                 times = child.cpu_times()
             except psutil.NoSuchProcess:  # it ended meanwhile
                 continue
-            self._all_s += times.user + times.system
-        return self._all_s - before
+            self._children_s += times.user + times.system
+        return self._children_s - before
 
 
 _watch: ContextVar[_Watch | None] = ContextVar("watch", default=None)
@@ -116,8 +129,10 @@ def ended_if_it_hangs(timeout_s: float, *, note: Path) -> Iterator[None]:
         file.flush()
 
         def look() -> None:
+            last = watch.read()
             while not over.wait(min(LOOK_S, timeout_s / 4)):
-                if watch.sees_life():
+                since, last = last, watch.read()
+                if watch.is_alive(since, last):
                     faulthandler.dump_traceback_later(timeout_s, exit=True, file=file)
 
         looking = threading.Thread(target=look, name="hang", daemon=True)
