@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal
 
 from heliostat.core.artifact import Artifact, Record, digest_files, keep_only, write_record
@@ -21,7 +22,7 @@ from heliostat.core.outcome import NodeOutcome, Status, View
 from heliostat.core.plan import Node, Plan, artifact_of, record_of
 from heliostat.core.stage import SHELF, StageContext, StageResult, call_stage
 from heliostat.errors import ArtifactError, HeliostatError, StageError
-from heliostat.history import History
+from heliostat.history import History, NodeReporter
 from heliostat.mirror import Mirror
 from heliostat.stages.measure import Speed, Subject, call_example, measure_quality, measure_speeds
 
@@ -159,7 +160,7 @@ class Execution:
     def _run_stage(self, node: Node) -> Record:
         pipeline = self._plan.pipeline
         started_at, started = datetime.now(UTC), time.monotonic()
-        reporter = self._history.reporter(node, self._view)
+        reporter = self._reporter(node)
         context = self._plan.context(node, inputs=self._inputs(node), reporter=reporter, cancel=self._cancel)
         result = self._call(node, context)
         metrics = dict(result.metrics)
@@ -189,6 +190,15 @@ class Execution:
             started_at=started_at.isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - started, 3),
         )
+
+    def _reporter(self, node: Node) -> NodeReporter:
+        return self._history.reporter(node, self._view, when_nearly_over=partial(self._call_up_next, node))
+
+    def _call_up_next(self, last: Node) -> None:
+        """Have the processes started of the nodes that wait for `last` alone."""
+        for node in self._plan.nodes:
+            if [up for up in node.upstream if up.status == "run" and not self._is_there(up, for_node=node)] == [last]:
+                node.kind.call_up(node.folder, node.resources)
 
     def _inputs(self, node: Node) -> dict[str, tuple[Artifact, ...]]:
         for upstream in node.upstream:
@@ -301,6 +311,13 @@ def _with_traceback(error: Exception) -> str:
     import traceback
 
     return f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
+
+
+def call_up_first(planned: Plan) -> None:
+    """Have the processes started of the nodes that wait for no other."""
+    for node in planned.nodes:
+        if node.status == "run" and all(up.status == "reuse" for up in node.upstream):
+            node.kind.call_up(node.folder, node.resources)
 
 
 def outcome_of(node: Node, status: Status, **more: Any) -> NodeOutcome:

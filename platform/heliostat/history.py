@@ -92,8 +92,9 @@ class History:
         run_id = record_of(node).tracking.get("run_id")
         self._tracker.tags(self._key, {f"heliostat.reused.{node.name}": run_id or node.fingerprint})
 
-    def reporter(self, node: Node, view: "View") -> "NodeReporter":
-        return NodeReporter(self._tracker, self._key_of(node), node, view)
+    def reporter(self, node: Node, view: "View", *, when_nearly_over: Callable[[], None]) -> "NodeReporter":
+        """`when_nearly_over` is called when the last of the things that the stage does is left."""
+        return NodeReporter(self._tracker, self._key_of(node), node, view, when_nearly_over)
 
     def finished(self, node: Node, record: Record) -> None:
         """To be told before the record is written: a node that has one is reused, and not told of again."""
@@ -191,8 +192,11 @@ class History:
 class NodeReporter:
     """Passes what a running stage says on to MLflow and to the view."""
 
-    def __init__(self, tracker: Tracker, key: str, node: Node, view: "View") -> None:
+    def __init__(
+        self, tracker: Tracker, key: str, node: Node, view: "View", when_nearly_over: Callable[[], None]
+    ) -> None:
         self._tracker, self._key, self._node, self._view = tracker, key, node, view
+        self._when_nearly_over = when_nearly_over
         self.warnings: list[str] = []
         """What it was warned of, in order."""
 
@@ -226,6 +230,8 @@ class NodeReporter:
 
     def progress(self, **fields: Any) -> None:
         self._view.progress(self._node, fields)
+        if fields.get("total") and fields["done"] == fields["total"] - 1:
+            self._when_nearly_over()
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)

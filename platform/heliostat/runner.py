@@ -16,7 +16,7 @@ from heliostat.core.outcome import NodeOutcome, RunResult, Unwatched, View
 from heliostat.core.plan import Plan, check_fits, plan_pipeline, record_of
 from heliostat.core.spec import Pipeline
 from heliostat.errors import ArtifactError, SpecError
-from heliostat.execution import Execution, outcome_of, reused
+from heliostat.execution import Execution, call_up_first, outcome_of, reused
 from heliostat.history import History, run_key
 from heliostat.mirror import Mirror, mirror_of
 from heliostat.report import runs
@@ -111,6 +111,7 @@ def _run_plan(planned: Plan, mirror: Mirror, *, address: str | None, view: View)
             where = "this machine" if address is None else f"the cluster at {address}"
             check_fits(planned, ray.capacity(), where=where)
             ray.check_is_shared(pipeline.storage_folder, is_bucket=pipeline.bucket_url is not None)
+            call_up_first(planned)
             history = tracked.enter_context(History.open(planned, key, view.note, cut_off))
             outcomes, interrupted = Execution(planned, history, mirror, view).run()
             failed = any(o.status in {"failed", "skipped"} for o in outcomes)

@@ -176,6 +176,8 @@ class StageKind:
     `before` it starts, or `together`, in one measurement of all of them, so that they can be compared."""
     preload: Callable[[Resources], Sequence[str]]
     """Modules of the driver's part that take long to import: they are imported while Ray starts."""
+    call_up: Callable[[Path, Resources], None]
+    """Starts processes of the stage in its folder before all is there that it needs, as soon as that is soon."""
     reference: str
 
     @property
@@ -205,6 +207,7 @@ def stage(
     keeps_metrics: bool = False,
     measured: Measured = "before",
     preload: Callable[[Resources], Sequence[str]] = lambda resources: (),
+    call_up: Callable[[Path, Resources], None] = lambda folder, resources: None,
 ) -> Callable[[F], F]:
     """Declare a stage kind over `function(context, config) -> StageResult`; `config` is annotated with its model."""
 
@@ -233,6 +236,7 @@ def stage(
             keeps_metrics=keeps_metrics,
             measured=measured,
             preload=preload,
+            call_up=call_up,
             reference=reference,
         )
         function.__stage_kind__ = kind  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ SWITCHES: dict[str, tuple[str, str]] = {
         "the controller notices the end of training by polling; the default is 2 s",
     ),
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": ("0", "one process less to start; a lost node is noticed without it"),
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": ("0", "the driver's loggers are the session's to set"),
     "RAY_TRAIN_METRICS_ENABLED": ("0", "Prometheus gauges that nobody reads"),
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": ("1", "JSON, CSV and TensorBoard files per trial; the journal is the record"),
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": ("1", "a failed trial reports its reason instead of metrics"),

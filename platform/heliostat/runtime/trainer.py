@@ -209,16 +209,10 @@ def _fit(work: TrainWork, retries: int) -> Any:
 
 def _fit_once(work: TrainWork, num_workers: int) -> Any:
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.torch import TorchConfig
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
-    class Trainer(TorchTrainer):  # type: ignore[misc]
-        """Without the process that outlives a crashed driver to free its workers: ours end with the driver."""
-
-        def _create_default_callbacks(self) -> list[Any]:
-            callbacks = super()._create_default_callbacks()
-            return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+    from heliostat.runtime.ray_train import Trainer
 
     resources = work.resources
     trainer = Trainer(

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from heliostat.core.capacity import Need
@@ -63,6 +64,12 @@ def _explain_strategy(config: TrainConfig, view: ConfigView) -> Mapping[str, str
     return {"strategy": preview(model, config, workers=workers)}
 
 
+def _call_up(folder: Path, resources: Resources) -> None:
+    from heliostat.runtime.standby import call_up
+
+    call_up(folder, resources)
+
+
 @stage(
     "train",
     inputs={"params": "params?"},
@@ -70,7 +77,8 @@ def _explain_strategy(config: TrainConfig, view: ConfigView) -> Mapping[str, str
     measured="later",
     place="driver",
     needs=_needs,
-    preload=lambda resources: ["ray.train.torch"] if resources.most_workers > 1 else (),
+    preload=lambda resources: ["heliostat.runtime.ray_train"] if resources.most_workers > 1 else (),
+    call_up=_call_up,
     workload=lambda config: {"epochs": config.epochs},
     check=_check,
     explain=_explain,

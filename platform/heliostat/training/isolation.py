@@ -112,7 +112,8 @@ def fresh_process_state(*, num_threads: int) -> None:
     torch.set_float32_matmul_precision("highest")
     torch.set_flush_denormal(False)
     torch.set_warn_always(False)
-    torch.use_deterministic_algorithms(False)
+    if torch.are_deterministic_algorithms_enabled():  # the call itself imports the compiler
+        torch.use_deterministic_algorithms(False)
     torch.autograd.set_detect_anomaly(False)
     for device_type in ("cpu", "cuda"):
         torch.set_autocast_enabled(device_type, False)

@@ -11,6 +11,7 @@ from heliostat.training.loop import fit
 from heliostat.training.progress import Fit, OnBest, OnEpoch
 from heliostat.training.seeding import seed_everything
 from heliostat.training.task import Data, build_data, build_model, build_objective
+from heliostat.training.uncompiled import leave_compiler_unloaded
 from heliostat.training.user_loop import run_user_loop
 from heliostat.training.world import World
 
@@ -33,6 +34,7 @@ def run_training(
     `data` is what the task's function would return, where it is there already. `after_step` and `on_best` are our
     loop's; the user's own has nothing of the kind.
     """
+    leave_compiler_unloaded()
     if task.train_fn is not None:
         return run_user_loop(
             task,

@@ -1,0 +1,121 @@
+"""Ray Train without the processes that serve nothing here.
+
+By default a training of two workers is eight processes, each of which imports Ray Train: beside the workers, a
+controller, a barrier for `ray.train.report`, a manager of Ray Train's own datasets, and three that look after placement
+groups, nodes about to leave and an autoscaler's requests. Here the controller, which is Ray Train's own, is an object of
+the driver; reports, data and nodes are Heliostat's business; a placement group is itself what an autoscaler hears of;
+and workers that stand by are taken (`runtime/standby.py`) before any is started.
+"""
+
+import asyncio
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import worker_group
+from ray.train.v2._internal.execution.worker_group import state as worker_group_state
+from ray.train.v2._internal.execution.worker_group.worker import Worker
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
+from ray.train.v2._internal.util import bundle_to_remote_args
+from ray.util import placement_group_table
+from ray.util.client import ray as client
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from heliostat.runtime.standby import TrainWorker, dismiss, take
+
+SUPERFLUOUS = (PlacementGroupCleanerCallback, DatasetsCallback)
+
+
+class Trainer(TorchTrainer):  # type: ignore[misc]
+    """A `TorchTrainer` whose controller is an object of the driver; behind a `ray://` client it is an actor."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, SUPERFLUOUS)]
+
+    def _initialize_and_run_controller(self, **parts: Any) -> Any:
+        if client.is_connected():
+            return super()._initialize_and_run_controller(**parts)
+        controller = _Controller(**{**parts, "scaling_policy": _AsAsked(self.scaling_config)})
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _AsAsked(FixedScalingPolicy):  # type: ignore[misc]
+    """The number of workers that was asked for, and no word to an autoscaler."""
+
+    def after_controller_start(self, train_run_context: Any) -> None: ...
+    async def before_controller_shutdown(self) -> None: ...
+    def _maybe_send_resource_request(self) -> None: ...
+
+
+class _Workers(WorkerGroup):  # type: ignore[misc]
+    """Workers that stood by, or else new ones, each in its bundle of the placement group."""
+
+    def _create_workers(
+        self, num_workers: int, placement_group: PlacementGroup, resources_per_worker: dict[str, float], **_: Any
+    ) -> list[Worker]:
+        folder = self._train_run_context.train_loop_config["work"].folder
+        nodes = placement_group_table(placement_group)["bundles_to_node_id"]
+        actors = [
+            take(folder, nodes[bundle])
+            or TrainWorker.options(
+                **bundle_to_remote_args(resources_per_worker),
+                scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, bundle),
+            ).remote()
+            for bundle in range(num_workers)
+        ]
+        dismiss(folder)
+        try:
+            found = ray.get([actor.get_metadata.remote() for actor in actors])
+        except RayActorError as error:
+            for actor in actors:
+                ray.kill(actor)
+            raise WorkerGroupStartupFailedError(f"a worker did not start: {error}") from error
+        workers = [
+            Worker(actor, metadata, resources_per_worker, placement_group_bundle_index=bundle)
+            for bundle, (actor, metadata) in enumerate(zip(actors, found))
+        ]
+        return WorkerGroup._assign_worker_ranks(workers)
+
+    def _init_train_context_on_workers(self, workers: list[Worker], sync_actor: Any, args: dict[str, Any]) -> None:
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=sync_actor,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{name: values[rank] for name, values in args.items()},
+                )
+                for rank, worker in enumerate(workers)
+            ]
+        )
+
+
+class _Controller(TrainController):  # type: ignore[misc]
+    worker_group_cls = _Workers
+
+
+class _NoBarrier:
+    """In place of the actor at which `ray.train.report` waits for the other workers: Heliostat's reports do not."""
+
+    @classmethod
+    def options(cls, **_: Any) -> type["_NoBarrier"]:
+        return cls
+
+    @classmethod
+    def remote(cls, **_: Any) -> type["_NoBarrier"]:
+        return cls
+
+
+worker_group.SynchronizationActor = _NoBarrier
+worker_group_state._shutdown_sync_actor = lambda barrier: None
