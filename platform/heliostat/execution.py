@@ -197,8 +197,9 @@ class Execution:
     def _call_up_next(self, last: Node) -> None:
         """Have the processes started of the nodes that wait for `last` alone."""
         for node in self._plan.nodes:
-            if [up for up in node.upstream if up.status == "run" and not self._is_there(up, for_node=node)] == [last]:
-                node.kind.call_up(node.folder, node.resources)
+            missing = [up for up in node.upstream if up.status == "run" and not self._is_there(up, for_node=node)]
+            if node.status == "run" and missing == [last]:
+                _call_up(node)
 
     def _inputs(self, node: Node) -> dict[str, tuple[Artifact, ...]]:
         for upstream in node.upstream:
@@ -317,7 +318,12 @@ def call_up_first(planned: Plan) -> None:
     """Have the processes started of the nodes that wait for no other."""
     for node in planned.nodes:
         if node.status == "run" and all(up.status == "reuse" for up in node.upstream):
-            node.kind.call_up(node.folder, node.resources)
+            _call_up(node)
+
+
+def _call_up(node: Node) -> None:
+    if node.kind.call_up is not None:
+        node.kind.call_up(node.folder, node.resources)
 
 
 def outcome_of(node: Node, status: Status, **more: Any) -> NodeOutcome:

@@ -4,23 +4,27 @@ import fcntl
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import heliostat.stages  # noqa: F401 - registers the built-in stages
 from heliostat.core import load
-from heliostat.core.artifact import read_record
+from heliostat.core.artifact import RECORD, read_record
 from heliostat.core.capacity import Capacity
 from heliostat.core.outcome import NodeOutcome, RunResult, Unwatched, View
 from heliostat.core.plan import Plan, check_fits, plan_pipeline, record_of
 from heliostat.core.spec import Pipeline
+from heliostat.core.stage import built_in_kind
 from heliostat.errors import ArtifactError, SpecError
 from heliostat.execution import Execution, call_up_first, outcome_of, reused
 from heliostat.history import History, run_key
 from heliostat.mirror import Mirror, mirror_of
 from heliostat.report import runs
 from heliostat.report.documents import run_document
+
+if TYPE_CHECKING:
+    from heliostat.runtime.session import Session
 
 
 def load_pipeline(path: str | Path, *, settings: Sequence[str] = ()) -> Pipeline:
@@ -48,18 +52,46 @@ def run(
         ArtifactError: at the end, when a bucket has not taken all that was made.
     """
     view, mirror = view or Unwatched(), mirror_of(pipeline)
-    planned = _planned(pipeline, mirror, force)
-    if _nothing_left(planned):
-        return _all_reused(planned, mirror, view)
-    with _only_run(pipeline, view):
-        planned = _planned(pipeline, mirror, force)  # another run may have finished some of it meanwhile
+    run_id = runs.new_run_id(pipeline.name)
+    with _called_up_early(pipeline, address, log=_log_of(pipeline, run_id)) as ray:
+        planned = _planned(pipeline, mirror, force)
         if _nothing_left(planned):
             return _all_reused(planned, mirror, view)
-        return _run_plan(planned, mirror, address=address, view=view)
+        with _only_run(pipeline, view):
+            planned = _planned(pipeline, mirror, force)  # another run may have finished some of it meanwhile
+            if _nothing_left(planned):
+                return _all_reused(planned, mirror, view)
+            return _run_plan(planned, mirror, run_id, address=address, ray=ray, view=view)
 
 
 def _planned(pipeline: Pipeline, mirror: Mirror, force: Sequence[str]) -> Plan:
     return plan_pipeline(pipeline, force=force, elsewhere=mirror.look(pipeline.name))
+
+
+def _log_of(pipeline: Pipeline, run_id: str) -> Path:
+    return pipeline.storage_folder / "logs" / f"{run_id}.log"
+
+
+@contextmanager
+def _called_up_early(pipeline: Pipeline, address: str | None, *, log: Path) -> Iterator["Session | None"]:
+    """A Ray that runs, connected to before there is a plan, where a stage that begins the run has processes to start.
+
+    They start while the user's modules are imported, which takes as long. None where it is not known yet whether
+    anything will run, and for an embedded Ray, which no command should start in vain.
+    """
+    first = pipeline.stages[0]
+    kind = built_in_kind(first.uses)
+    done = any((pipeline.storage_folder / pipeline.name / first.name).glob(f"*/{RECORD}"))
+    if address is None or kind is None or kind.call_up is None or first.matrix or done or pipeline.bucket_url:
+        yield None
+        return
+    from heliostat.runtime import session
+
+    with _written_to(pipeline.storage_folder):
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with session.start(address, log=log, root=pipeline.root) as ray:
+        kind.call_up(pipeline.storage_folder / pipeline.name / first.name, first.resources)
+        yield ray
 
 
 def check_fits_here(planned: Plan) -> None:
@@ -86,7 +118,9 @@ def _all_reused(planned: Plan, mirror: Mirror, view: View) -> RunResult:
     return RunResult(pipeline.name, "done", tuple(outcomes), tracking, _selected(planned, outcomes, mirror))
 
 
-def _run_plan(planned: Plan, mirror: Mirror, *, address: str | None, view: View) -> RunResult:
+def _run_plan(
+    planned: Plan, mirror: Mirror, run_id: str, *, address: str | None, ray: "Session | None", view: View
+) -> RunResult:
     from heliostat.runtime import session
 
     pipeline = planned.pipeline
@@ -94,8 +128,7 @@ def _run_plan(planned: Plan, mirror: Mirror, *, address: str | None, view: View)
         check_fits_here(planned)
     cut_off = [run["key"] for run in runs.cut_off(pipeline.storage_folder, pipeline.name)]
     key = run_key(planned, cut_off)
-    run_id = runs.new_run_id(pipeline.name)
-    log = pipeline.storage_folder / "logs" / f"{run_id}.log"
+    log = _log_of(pipeline, run_id)
     view.began(planned, log=log)
     unfinished = [outcome_of(node, "skipped", error="the run has not ended") for node in planned.nodes]
     tracking: dict[str, str | None] = {"uri": pipeline.tracking_uri, "experiment": pipeline.experiment, "run_id": None}
@@ -107,10 +140,11 @@ def _run_plan(planned: Plan, mirror: Mirror, *, address: str | None, view: View)
         preload = {
             module for node in planned.nodes if node.status == "run" for module in node.kind.preload(node.resources)
         }
-        with session.start(address, log=log, root=pipeline.root, preload=preload) as ray:
+        starting = session.start(address, log=log, root=pipeline.root, preload=preload)
+        with nullcontext(ray) if ray else starting as live:
             where = "this machine" if address is None else f"the cluster at {address}"
-            check_fits(planned, ray.capacity(), where=where)
-            ray.check_is_shared(pipeline.storage_folder, is_bucket=pipeline.bucket_url is not None)
+            check_fits(planned, live.capacity(), where=where)
+            live.check_is_shared(pipeline.storage_folder, is_bucket=pipeline.bucket_url is not None)
             call_up_first(planned)
             history = tracked.enter_context(History.open(planned, key, view.note, cut_off))
             outcomes, interrupted = Execution(planned, history, mirror, view).run()

@@ -176,8 +176,8 @@ class StageKind:
     `before` it starts, or `together`, in one measurement of all of them, so that they can be compared."""
     preload: Callable[[Resources], Sequence[str]]
     """Modules of the driver's part that take long to import: they are imported while Ray starts."""
-    call_up: Callable[[Path, Resources], None]
-    """Starts processes of the stage in its folder before all is there that it needs, as soon as that is soon."""
+    call_up: Callable[[Path, Resources], None] | None
+    """Starts the processes of a node before it can begin; given its folder, or that of a stage with one node."""
     reference: str
 
     @property
@@ -207,7 +207,7 @@ def stage(
     keeps_metrics: bool = False,
     measured: Measured = "before",
     preload: Callable[[Resources], Sequence[str]] = lambda resources: (),
-    call_up: Callable[[Path, Resources], None] = lambda folder, resources: None,
+    call_up: Callable[[Path, Resources], None] | None = None,
 ) -> Callable[[F], F]:
     """Declare a stage kind over `function(context, config) -> StageResult`; `config` is annotated with its model."""
 
@@ -245,6 +245,11 @@ def stage(
         return function
 
     return register
+
+
+def built_in_kind(uses: str) -> StageKind | None:
+    """The built-in kind of that name, if there is one."""
+    return _KINDS.get(uses)
 
 
 def find_kind(uses: str) -> StageKind:

@@ -120,6 +120,9 @@ def _shipped(root: Path) -> dict[str, Any]:
 def _end(session_dir: Path | None) -> None:
     import ray
 
+    from heliostat.runtime.standby import forget
+
+    forget()
     ray.shutdown()
     if session_dir is not None:
         shutil.rmtree(session_dir, ignore_errors=True)

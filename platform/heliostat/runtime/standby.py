@@ -3,7 +3,7 @@
 Each is an actor that holds nothing, on a node where the training is expected to run: the placement group that Ray Train
 makes when the training begins holds what its workers train with. Those that turn out to stand on the wrong node are
 ended, and others started in their place. A worker with an accelerator is not started ahead: Ray hands it the device as
-it starts.
+it starts; nor is one behind a `ray://` client, where Ray Train makes its own.
 """
 
 import importlib
@@ -14,6 +14,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.client import ray as client
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from heliostat.core.capacity import Capacity
@@ -23,7 +24,7 @@ IMPORTS = ("torch", "ray.train.torch", "heliostat.runtime.trainer", "heliostat.t
 
 _lock = threading.Lock()
 _waiting: dict[Path, list[tuple[str, ActorHandle]]] = {}
-"""By the folder of the training that they are for: workers that it has not taken, each with the node it stands on."""
+"""By the folder of the training that they are for, or of its stage: those not taken, each with the node it stands on."""
 
 
 @ray.remote
@@ -57,30 +58,36 @@ class TrainWorker:
 
 
 def call_up(folder: Path, resources: Resources) -> None:
-    """Start the workers of the training in `folder`; those that stand by for it already are kept."""
-    if resources.most_workers == 1 or resources.gpus_per_worker:
+    """Start the workers of the training in `folder`, or in one right below it, unless they stand by already."""
+    if resources.most_workers == 1 or resources.gpus_per_worker or client.is_connected():
         return
     with _lock:
-        if folder not in _waiting:
+        if not _waiting.keys() & {folder, folder.parent}:
             _waiting[folder] = [(node, _on(node)) for node in expected_nodes(_nodes(), resources)]
 
 
 def take(folder: Path, node: str) -> ActorHandle | None:
     """A worker of the training in `folder` that stands by on `node`; None where none does."""
     with _lock:
-        waiting = _waiting.get(folder, [])
-        for entry in waiting:
-            if entry[0] == node:
-                waiting.remove(entry)
-                return entry[1]
+        for waiting in (_waiting.get(folder, []), _waiting.get(folder.parent, [])):
+            for entry in waiting:
+                if entry[0] == node:
+                    waiting.remove(entry)
+                    return entry[1]
     return None
 
 
 def dismiss(folder: Path) -> None:
     """End those that the training in `folder` has not taken."""
     with _lock:
-        for _, worker in _waiting.pop(folder, []):
+        for _, worker in [*_waiting.pop(folder, []), *_waiting.pop(folder.parent, [])]:
             ray.kill(worker)
+
+
+def forget() -> None:
+    """Of workers of a session that ends, which end with it."""
+    with _lock:
+        _waiting.clear()
 
 
 def expected_nodes(nodes: Mapping[str, Mapping[str, float]], resources: Resources) -> list[str]:
