@@ -1,10 +1,10 @@
 """Ray Train without the processes that serve nothing here.
 
 By default a training of two workers is eight processes, each of which imports Ray Train: beside the workers, a
-controller, a barrier for `ray.train.report`, a manager of Ray Train's own datasets, and three that look after placement
-groups, nodes about to leave and an autoscaler's requests. Here the controller, which is Ray Train's own, is an object of
-the driver; reports, data and nodes are Heliostat's business; a placement group is itself what an autoscaler hears of;
-and workers that stand by are taken (`runtime/standby.py`) before any is started.
+controller, a barrier for `ray.train.report`, a manager of Ray Train's own datasets, and three that look after
+placement groups, nodes about to leave and an autoscaler's requests. Here the controller, which is Ray Train's own, is
+an object of the driver; reports, data and nodes are Heliostat's business; a placement group is itself what an
+autoscaler hears of; and workers that stand by are taken (`runtime/standby.py`) before any is started.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2._internal.execution.worker_group import state as worker_group_state
+from ray.train.v2._internal.execution.worker_group import worker_group
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2._internal.util import bundle_to_remote_args
@@ -65,7 +65,7 @@ class _Workers(WorkerGroup):  # type: ignore[misc]
         nodes = placement_group_table(placement_group)["bundles_to_node_id"]
         actors = [
             take(folder, nodes[bundle])
-            or TrainWorker.options(
+            or TrainWorker.options(  # type: ignore[attr-defined]
                 **bundle_to_remote_args(resources_per_worker),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group, bundle),
             ).remote()
@@ -82,7 +82,8 @@ class _Workers(WorkerGroup):  # type: ignore[misc]
             Worker(actor, metadata, resources_per_worker, placement_group_bundle_index=bundle)
             for bundle, (actor, metadata) in enumerate(zip(actors, found))
         ]
-        return WorkerGroup._assign_worker_ranks(workers)
+        ranked: list[Worker] = WorkerGroup._assign_worker_ranks(workers)
+        return ranked
 
     def _init_train_context_on_workers(self, workers: list[Worker], sync_actor: Any, args: dict[str, Any]) -> None:
         ray.get(

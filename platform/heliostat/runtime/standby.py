@@ -24,7 +24,7 @@ IMPORTS = ("torch", "ray.train.torch", "heliostat.runtime.trainer", "heliostat.t
 
 _lock = threading.Lock()
 _waiting: dict[Path, list[tuple[str, ActorHandle]]] = {}
-"""By the folder of the training that they are for, or of its stage: those not taken, each with the node it stands on."""
+"""By the folder of their training, or of its stage: those that are not taken, each with the node it stands on."""
 
 
 @ray.remote

@@ -1,8 +1,8 @@
 """Training does not load the compiler that it does not use.
 
 The first optimizer of a process, its first step and its first `DistributedDataParallel` import `torch._dynamo`, for as
-long as torch itself takes, to tell the compiler which functions to leave alone, or to ask what it is set to. Nothing can
-be compiled before it is loaded, so until then nobody has to be told: once something else has loaded it, all is as
+long as torch itself takes, to tell the compiler which functions to leave alone, or to ask what it is set to. Nothing
+can be compiled before it is loaded, so until then nobody has to be told: once something else has loaded it, all is as
 torch has it. What is changed is torch's (2.13), in this process.
 """
 
@@ -73,8 +73,9 @@ def _init_uncompiled(self: DistributedDataParallel, *args: Any, **kwargs: Any) -
     if COMPILER in sys.modules:
         _init_ddp(self, *args, **kwargs)
         return
-    setattr(torch, "_dynamo", SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: DEFAULT_DDP_MODE)))
+    compiler = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: DEFAULT_DDP_MODE))
+    vars(torch)["_dynamo"] = compiler
     try:
         _init_ddp(self, *args, **kwargs)
     finally:
-        delattr(torch, "_dynamo")
+        del vars(torch)["_dynamo"]
