@@ -8,6 +8,7 @@ import os
 
 SWITCHES: dict[str, tuple[str, str]] = {
     "RAY_USAGE_STATS_ENABLED": ("0", "nothing is sent anywhere"),
+    "RAY_ENABLE_AUTO_CONNECT": ("0", "a thread that outlives its session does not start another Ray"),
     "RAY_DEDUP_LOGS": ("0", "the log file keeps every line that a worker prints"),
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": ("0", "the behaviour to come, without its FutureWarning"),
     "RAY_enable_metrics_collection": (

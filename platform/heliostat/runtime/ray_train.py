@@ -28,6 +28,7 @@ from ray.util.client import ray as client
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from heliostat.errors import StageError
 from heliostat.runtime.standby import TrainWorker, dismiss, take
 
 SUPERFLUOUS = (PlacementGroupCleanerCallback, DatasetsCallback)
@@ -103,7 +104,22 @@ class _Workers(WorkerGroup):  # type: ignore[misc]
 
 
 class _Controller(TrainController):  # type: ignore[misc]
+    """Ends with the session of Ray that it began in: a training that was interrupted is not waited for."""
+
     worker_group_cls = _Workers
+
+    def __init__(self, **parts: Any) -> None:
+        self._job = _current_job()
+        super().__init__(**parts)
+
+    async def _run_control_loop_iteration(self) -> None:
+        if _current_job() != self._job:
+            raise StageError("Ray ended while the training ran")
+        await super()._run_control_loop_iteration()
+
+
+def _current_job() -> str | None:
+    return ray.get_runtime_context().get_job_id() if ray.is_initialized() else None
 
 
 class _NoBarrier:

@@ -53,6 +53,9 @@ class TrainWorker:
     def poll_status(self) -> Any:
         return self._worker.poll_status()
 
+    def mark_preempt(self, info: Any) -> None:
+        self._worker.mark_preempt(info)
+
     def shutdown(self) -> None:
         self._worker.shutdown()
 
