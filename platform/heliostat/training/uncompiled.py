@@ -34,7 +34,7 @@ def leave_compiler_unloaded() -> None:
     for optimizer in vars(torch.optim).values():
         if isinstance(optimizer, type) and _breaks_graph(optimizer.__dict__.get("step")):
             optimizer.step = _without_graph_breaks(optimizer.step)  # type: ignore[attr-defined]
-    DistributedDataParallel.__init__ = _init_uncompiled
+    DistributedDataParallel.__init__ = _init_uncompiled  # type: ignore[method-assign]
 
 
 def _disable_once_loaded(function: Callable[..., Any], *, recursive: bool) -> None:
@@ -45,7 +45,7 @@ def _disable_once_loaded(function: Callable[..., Any], *, recursive: bool) -> No
             return function(*args, **kwargs)
         import torch._dynamo
 
-        disabled = torch._dynamo.disable(function, recursive, wrapping=False)
+        disabled = torch._dynamo.disable(function, recursive, wrapping=False)  # type: ignore[no-untyped-call]
         setattr(function, "__dynamo_disable", disabled)
         return disabled(*args, **kwargs)
 
