@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TWO := -n 2 --dist loadgroup
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .PHONY: install demo test test-all test-gpu check bench clean
@@ -19,10 +20,10 @@ demo: install
 	@$(RUN) heliostat run pipelines/mnist.yaml
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 test-all: check
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(TWO) -m "not gpu"
 
 test-gpu: install
 	$(BIN)/python -m pytest tests/gpu -m gpu

@@ -15,6 +15,16 @@ from typing import Any
 import pytest
 import yaml
 
+os.environ.setdefault("RAY_worker_niceness", "0")  # of Ray's default, 15, two test processes would let nothing remain
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What two processes share out (`-n 2 --dist loadgroup`): all that uses the one Ray, or the one run, is as one."""
+    for item in items:
+        shared = [name for name in ("ray_session", "finished") if name in getattr(item, "fixturenames", ())]
+        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
+
+
 TOY = '''\
 import torch
 from torch import nn
