@@ -18,6 +18,7 @@ import yaml
 os.environ.setdefault("RAY_worker_niceness", "0")  # of Ray's default, 15, two test processes would let nothing remain
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What two processes share out (`-n 2 --dist loadgroup`): all that uses the one Ray, or the one run, is as one."""
     for item in items:

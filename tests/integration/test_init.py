@@ -10,6 +10,14 @@ import pytest
 DEMO = Path(__file__).parents[2] / "pipelines" / "mnist.yaml"
 
 
+def test_the_project_that_init_makes_can_be_planned_from_another_folder(heliostat, tmp_path):
+    assert heliostat("init", tmp_path / "mine").returncode == 0
+    planned = heliostat("plan", tmp_path / "mine" / "pipeline.yaml", "--json")
+    assert planned.returncode == 0, planned.stderr
+    assert {node["status"] for node in json.loads(planned.stdout)["nodes"]} == {"run"}
+
+
+@pytest.mark.slow
 def test_the_project_that_init_makes_runs_from_another_folder(heliostat, tmp_path):
     made = heliostat("init", tmp_path / "mine")
     assert made.returncode == 0, made.stderr

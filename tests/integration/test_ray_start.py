@@ -136,6 +136,7 @@ def test_a_run_uses_both_nodes_of_a_ray_that_was_started_before(cluster, small):
     assert f"the cluster at {cluster.address} has 2 CPUs on 2 nodes" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_submitted_pipeline_streams_its_output(cluster, small):
     done = cluster.heliostat("submit", small.file, "--address", cluster.dashboard, cwd=small.folder)
     assert done.returncode == 0, done.stdout + done.stderr

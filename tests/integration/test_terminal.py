@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 OWN_LINE = re.compile(
-    r"\d\d:\d\d:\d\d (toy: \d+ nodes|what Ray says is kept in |[\w\[\]=.]+: (starts|made|done in|epoch|\d+/\d+ trials))"
+    r"\d\d:\d\d:\d\d (toy: \d+ nodes|what Ray says is kept in |"
+    r"[\w\[\]=.]+: (starts|made|measuring|done in|epoch|\d+/\d+ trials))"
 )
 """What the plain view writes: the time, and what happened to which node."""
 

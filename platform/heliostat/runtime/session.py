@@ -21,6 +21,7 @@ from typing import Any, TextIO
 
 from heliostat.core.capacity import Capacity
 from heliostat.errors import HeliostatError, SpecError
+from heliostat.runtime.embedded import start_embedded
 from heliostat.runtime.environment import SWITCHES
 
 SHIPPED_EXCEPT = [".git", ".venv", ".heliostat", "__pycache__", "*.pyc"]
@@ -73,15 +74,10 @@ def start(
         sink = stack.enter_context(open(log, "a", buffering=1, encoding="utf-8", errors="replace"))
         stack.enter_context(_quiet(sink))
         threading.Thread(target=_import_all, args=(list(preload),), name="preload", daemon=True).start()
-        temp = Path(
-            f"/tmp/ray-{os.getuid()}"
-        )  # a Unix socket's path has 107 characters at most, and TMPDIR may be long
+        temp = Path(f"/tmp/ray-{os.getuid()}")  # a Unix socket's path has 107 characters at most; TMPDIR may be long
         try:
             if address is None:
-                cpus = {} if num_cpus is None else {"num_cpus": num_cpus}
-                context = ray.init(
-                    address="local", include_dashboard=False, logging_format=LOG_FORMAT, _temp_dir=str(temp), **cpus
-                )
+                context = start_embedded(temp=temp, logging_format=LOG_FORMAT, num_cpus=num_cpus)
             else:
                 from heliostat.runtime.auth import use_token_if_present
 
@@ -134,7 +130,7 @@ def _worker_output_to(sink: TextIO) -> Iterator[None]:
     from ray._private import worker
 
     def write(batch: Mapping[str, Any], *_: Any, **__: Any) -> None:
-        if batch["pid"] == "autoscaler":  # a table of what is idle, every few seconds
+        if batch["pid"] == "autoscaler":  # of a cluster: a table of what is idle, every few seconds
             return
         source = f"({batch.get('actor_name') or batch.get('task_name') or 'ray'} pid={batch['pid']})"
         sink.writelines(f"{source} {line}\n" for line in batch["lines"])
