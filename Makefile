@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-TWO := -n 2 --dist loadgroup
+TWO := -n 2 --dist loadscope
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH"
 
 .PHONY: install demo test test-all test-gpu check bench clean

@@ -18,12 +18,18 @@ import yaml
 os.environ.setdefault("RAY_worker_niceness", "0")  # of Ray's default, 15, two test processes would let nothing remain
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What two processes share out (`-n 2 --dist loadgroup`): all that uses the one Ray, or the one run, is as one."""
-    for item in items:
-        shared = [name for name in ("ray_session", "finished") if name in getattr(item, "fixturenames", ())]
-        item.add_marker(pytest.mark.xdist_group(shared[0] if shared else item.path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Two processes share the tests (`-n 2`): one has all that use the one Ray, and one all that look at whole runs."""
+    from xdist.scheduler.loadscope import LoadScopeScheduling
+
+    class ByWhatTheyShare(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = file.split("/")[1]
+            return {"runtime": "one Ray", "integration": "runs", "faults": "runs"}.get(folder, file)
+
+    return ByWhatTheyShare(config, log)
 
 
 TOY = '''\
