@@ -43,6 +43,7 @@ def statuses(document):
     return {node["name"]: node["status"] for node in document["nodes"]}
 
 
+@pytest.mark.slow
 def test_another_machine_reuses_what_is_in_the_bucket(machine, heliostat):
     train = {"name": "train", "uses": "train", "config": {"epochs": 2}}
     made = answer(heliostat("run", machine("a", [train]).file, *STORAGE, "--json"))

@@ -43,6 +43,7 @@ def test_a_record_that_was_cut_short_is_named_with_what_to_do(copy, heliostat):
     assert to_run(heliostat, copy.file) == {"onnx": "first run"}
 
 
+@pytest.mark.slow
 def test_a_model_that_was_cut_short_is_made_again(copy, heliostat):
     cut(node(copy, "onnx") / "model.onnx")
     with pytest.raises(ArtifactError, match=r"model\.onnx"):

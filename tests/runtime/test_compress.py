@@ -147,6 +147,7 @@ def test_the_chain_that_is_found_keeps_to_the_limits_and_beats_plain_quantizatio
     assert len(reporter.started) == 9
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_search_that_was_cut_off_makes_only_what_is_missing(run, reporter, stop_after_three):
     with pytest.raises(KeyboardInterrupt):
@@ -168,6 +169,7 @@ def test_a_search_that_was_cut_off_makes_only_what_is_missing(run, reporter, sto
     assert {path: path.stat().st_mtime_ns for path in run.shelf.glob("*/made.json")} == made
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_chains_that_fail_are_told_with_their_reason_and_the_others_go_on(run):
     optimizers = {"choice": ["adam", "planes:Deadly"]}
@@ -183,6 +185,7 @@ def test_chains_that_fail_are_told_with_their_reason_and_the_others_go_on(run):
     assert found.details["chosen"].endswith("prune(optimizer.name=adam) -> quantize(skip=[])")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_when_its_time_is_spent_the_best_so_far_is_chosen(run, stop_after_three):
     endless = {"factorize": {"energy": {"uniform": [0.5, 0.9]}}}
@@ -203,6 +206,7 @@ def test_when_no_chain_is_within_the_limits_the_closest_is_named(run):
         run(max_drop={"val_accuracy": 1.0}, max_size_mb=0.0001, passes=[METHODS], trials=3)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_the_uncompressed_model_is_no_answer(run):
     with pytest.raises(StageError, match=r"none of 1 models is within the limits; the closest is 0002 prune: dropped"):

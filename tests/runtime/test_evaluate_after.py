@@ -144,6 +144,7 @@ def test_the_winner_by_compressed_models_is_another_one_than_the_plain_one_and_b
     assert narrow == pytest.approx(aware.metrics["val_accuracy"], abs=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_rungs_compare_compressed_models_and_the_plain_figures_stay_visible(context, reporter):
     asha = {"asha": {"reduction_factor": 2}}
@@ -182,6 +183,7 @@ def test_a_trial_that_the_end_of_the_search_stops_before_its_first_judged_epoch_
     assert reporter.ended == {"0001": ("stopped", "the search ended before an epoch of it reported val_accuracy")}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_model_that_costs_too_much_is_not_chosen(context):
     space = {"model_args.width": {"grid": [3, 4000]}}
