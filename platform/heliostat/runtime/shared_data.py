@@ -10,7 +10,7 @@ import json
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from ray.experimental import internal_kv
 
 from heliostat.core.spec import Task
+from heliostat.core.stage import StageContext
 from heliostat.errors import StageError
 from heliostat.runtime.hang import NOTE, ended_if_it_hangs, waiting, why_it_hung
 from heliostat.runtime.tasks import call_in_worker, why_it_died
@@ -102,6 +103,18 @@ class DataProvider:
     def forget(self) -> None:
         for name in self._built:
             internal_kv._internal_kv_del(name)
+
+
+def shared_data_of(context: StageContext, *, folder: Path) -> AbstractContextManager[DataProvider | None]:
+    """The data of a stage's trials, as `shared_data`."""
+    return shared_data(
+        context.task,
+        root=context.root,
+        seed=context.seed,
+        retries=context.retries,
+        folder=folder,
+        hang_timeout_s=context.resources.hang_timeout_s,
+    )
 
 
 @contextmanager

@@ -159,7 +159,7 @@ def _objectives(config: CompressConfig, source: Artifact, modes: Mapping[str, Mo
 def _search(context: StageContext, config: CompressConfig, source: Artifact, objectives: Objectives) -> "SearchOutcome":
     from heliostat.runtime.ledger import Budget
     from heliostat.runtime.making import Making
-    from heliostat.runtime.shared_data import shared_data
+    from heliostat.runtime.shared_data import shared_data_of
     from heliostat.runtime.trials import search
     from heliostat.stages.measure import recipe_of
 
@@ -178,15 +178,7 @@ def _search(context: StageContext, config: CompressConfig, source: Artifact, obj
     )
     algorithm, trials = config.method
     assert context.cancel is not None
-    shared = shared_data(
-        context.task,
-        root=context.root,
-        seed=context.seed,
-        retries=context.retries,
-        folder=context.folder,
-        hang_timeout_s=context.resources.hang_timeout_s,
-    )
-    with shared as provider:
+    with shared_data_of(context, folder=context.folder) as provider:
         if provider:
             provider.provide(recipe.data_args)  # at once: it is built while this process imports Ray Tune
         return search(

@@ -1,7 +1,6 @@
 """One trial of a search run again, by what the search's journal says of it."""
 
 import tempfile
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,24 +40,17 @@ def rerun(context: StageContext, config: TuneConfig, then: "TrialRecord") -> "Re
     """
     from heliostat.runtime.ledger import trial_seed
     from heliostat.runtime.one_trial import Rerun, run_again
-    from heliostat.runtime.shared_data import shared_data
+    from heliostat.runtime.shared_data import shared_data_of
     from heliostat.runtime.trial_actor import TrialWork
     from heliostat.runtime.trials import concurrent_trials, data_args_of
 
     objectives = objectives_of(config, context.task.metric_modes)
     concurrent_trials(context.resources)
-    with ExitStack() as stack:
-        # Where all machines of a cluster see it.
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=".rerun-", dir=context.folder.parent)))
-        shared = shared_data(
-            context.task,
-            root=context.root,
-            seed=context.seed,
-            retries=context.retries,
-            folder=folder,
-            hang_timeout_s=context.resources.hang_timeout_s,
-        )
-        provider = stack.enter_context(shared)
+    where_all_machines_see_it = context.folder.parent
+    with (
+        tempfile.TemporaryDirectory(prefix=".rerun-", dir=where_all_machines_see_it) as scratch,
+        shared_data_of(context, folder=Path(scratch)) as provider,
+    ):
         if provider:
             provider.provide(data_args_of(config.train, then.params))
         work = TrialWork(
@@ -69,7 +61,7 @@ def rerun(context: StageContext, config: TuneConfig, then: "TrialRecord") -> "Re
             metric=objectives.first.metric,
             rungs=(),
             root=context.root,
-            folder=folder,
+            folder=Path(scratch),
             resources=context.resources,
             data=provider.shared if provider else None,
             retries=context.retries,

@@ -209,17 +209,9 @@ def _at_once_here(resources: Resources) -> int:
 )
 def tune(context: StageContext, config: TuneConfig) -> StageResult:
     """Search. Each trial is one training of `config.train` with the parameters of the trial laid over it."""
-    from heliostat.runtime.shared_data import shared_data
+    from heliostat.runtime.shared_data import shared_data_of
 
-    shared = shared_data(
-        context.task,
-        root=context.root,
-        seed=context.seed,
-        retries=context.retries,
-        folder=context.folder,
-        hang_timeout_s=context.resources.hang_timeout_s,
-    )
-    with shared as provider:
+    with shared_data_of(context, folder=context.folder) as provider:
         if provider and not any(path.startswith("data_args.") for path in config.searched):
             provider.provide(config.train.data_args)  # at once: it is built while this process imports Ray Tune
         objectives = objectives_of(config, context.task.metric_modes)

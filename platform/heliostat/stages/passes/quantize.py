@@ -18,7 +18,7 @@ from heliostat.compression.verdict import has_int8_instructions
 from heliostat.core.stage import StageResult
 from heliostat.stages.finetuning import taught_by
 from heliostat.stages.models import describe, torch_model
-from heliostat.stages.passes.quantizers import TOOLS
+from heliostat.stages.passes.quantizers import TOOLS, Job
 from heliostat.stages.passes.workshop import PARITY_SAMPLES, Source, Workshop, files_in, write_files
 from heliostat.stages.quantize import BACKENDS, QuantizeConfig
 from heliostat.training.evaluation import evaluate
@@ -47,7 +47,7 @@ def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> St
             tool.export(torch_model(source), exact, example=shop.samples("val", PARITY_SAMPLES))
 
         if config.method in tool.uncalibrated:
-            files = tool.uncalibrated[config.method](exact, shop.folder, shop, config)
+            files = tool.uncalibrated[config.method](Job(exact, shop.folder, shop, config, config.skip))
         else:
             files, found = _calibrated(shop, exact, config)
             details |= found
@@ -63,7 +63,7 @@ def _calibrated(shop: Workshop, exact: Path, config: QuantizeConfig) -> tuple[li
     calibration = _equal_batches(shop.samples(config.calibration_split, config.calibration_samples))
     tool = TOOLS[config.backend]
     if not config.max_drop:
-        return tool.static(exact, shop.folder, shop, config, calibration, config.skip), {}
+        return tool.static(Job(exact, shop.folder, shop, config, config.skip, calibration)), {}
     mix = _mix(shop, exact, config, calibration)
     found: dict[str, Any] = {"mixed_precision": {"left_in_float": list(mix.left_in_float), "drops": mix.drops}}
     if mix.alone:
@@ -71,7 +71,8 @@ def _calibrated(shop: Workshop, exact: Path, config: QuantizeConfig) -> tuple[li
             {"layer": layer, **{f"{metric}_drop": drop for metric, drop in drops.items()}}
             for layer, drops in mix.alone.items()
         ]
-    return tool.static(exact, shop.folder, shop, config, calibration, [*config.skip, *mix.left_in_float]), found
+    skip = [*config.skip, *mix.left_in_float]
+    return tool.static(Job(exact, shop.folder, shop, config, skip, calibration)), found
 
 
 def _equal_batches(rows: Tensor) -> Sequence[Tensor]:
@@ -115,7 +116,8 @@ def _mixed_figures(given: _Given, left_in_float: Sequence[str]) -> dict[str, flo
         exact, mixed = Path(scratch, "float"), Path(scratch, "mixed")
         write_files(given.files, exact)
         skip = [*given.config.skip, *left_in_float]
-        TOOLS[given.config.backend].static(exact, mixed, given.shop, given.config, given.calibration, skip)
+        job = Job(exact, mixed, given.shop, given.config, skip, given.calibration)
+        TOOLS[given.config.backend].static(job)
         objective = build_objective(given.shop.task)
         return evaluate(load_model(mixed), given.shop.data["val"], objective, split="val")
 

@@ -14,7 +14,28 @@ from heliostat.stages.passes.workshop import PARITY_SAMPLES, Workshop
 from heliostat.stages.quantize import QuantizeConfig
 
 Files = list[str]
-Uncalibrated = Callable[[Path, Path, Workshop, QuantizeConfig], Files]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is quantized, into which folder, and how."""
+
+    exact: Path
+    """The artifact in float, in the format that the backend starts from."""
+    target: Path
+    shop: Workshop
+    config: QuantizeConfig
+    skip: Sequence[str]
+    """Patterns of layers that stay in float."""
+    calibration: Sequence[Tensor] = ()
+
+    @property
+    def example(self) -> Tensor:
+        """A batch of validation data."""
+        return self.shop.samples("val", PARITY_SAMPLES)
+
+
+Quantize = Callable[[Job], Files]
 
 
 @dataclass(frozen=True)
@@ -25,92 +46,71 @@ class Tool:
     """Saves a torch model, with an `example`, in the format that the others start from."""
     layers_of: Callable[[Path], list[str]]
     """The names that `skip` matches, of an artifact in that format."""
-    static: Callable[[Path, Path, Workshop, QuantizeConfig, Sequence[Tensor], Sequence[str]], Files]
-    """From the artifact in one folder to another, with calibration data and patterns of layers that stay in float."""
-    uncalibrated: Mapping[str, Uncalibrated] = field(default_factory=dict)
-    """The same by a method that needs no data."""
+    static: Quantize
+    uncalibrated: Mapping[str, Quantize] = field(default_factory=dict)
+    """The methods that need no calibration data."""
 
 
 # --- ONNX Runtime ---------------------------------------------------------------------------------------------------
 
 
-def _static_onnx(
-    exact: Path,
-    target: Path,
-    shop: Workshop,
-    config: QuantizeConfig,
-    calibration: Sequence[Tensor],
-    skip: Sequence[str],
-) -> Files:
+def _static_onnx(job: Job) -> Files:
     return post_training.static(
-        exact,
-        target,
-        calibration=calibration,
-        per_channel=config.per_channel,
-        method=config.calibration,
-        reduce_range=config.reduce_range,
-        skip=skip,
+        job.exact,
+        job.target,
+        calibration=job.calibration,
+        per_channel=job.config.per_channel,
+        method=job.config.calibration,
+        reduce_range=job.config.reduce_range,
+        skip=job.skip,
     )
 
 
-def _dynamic_onnx(exact: Path, target: Path, shop: Workshop, config: QuantizeConfig) -> Files:
-    return post_training.dynamic(exact, target, reduce_range=config.reduce_range, skip=config.skip)
+def _dynamic_onnx(job: Job) -> Files:
+    return post_training.dynamic(job.exact, job.target, reduce_range=job.config.reduce_range, skip=job.skip)
 
 
-def _weight_only_onnx(exact: Path, target: Path, shop: Workshop, config: QuantizeConfig) -> Files:
-    return post_training.weight_only(exact, target, bits=config.bits, group_size=config.group_size, skip=config.skip)
+def _weight_only_onnx(job: Job) -> Files:
+    config = job.config
+    return post_training.weight_only(
+        job.exact, job.target, bits=config.bits, group_size=config.group_size, skip=job.skip
+    )
 
 
 # --- graphs of torch.export -----------------------------------------------------------------------------------------
 
 
-def _static_pt2e(
-    exact: Path,
-    target: Path,
-    shop: Workshop,
-    config: QuantizeConfig,
-    calibration: Sequence[Tensor],
-    skip: Sequence[str],
-    *,
-    backend: pt2e.Backend,
-) -> Files:
+def _static_pt2e(job: Job, *, backend: pt2e.Backend) -> Files:
     return pt2e.static(
-        exact,
-        target,
+        job.exact,
+        job.target,
         backend=backend,
-        example=shop.samples("val", PARITY_SAMPLES),
-        calibration=calibration,
-        per_channel=config.per_channel,
-        reduce_range=config.weights_of_7_bits,
-        skip=skip,
+        example=job.example,
+        calibration=job.calibration,
+        per_channel=job.config.per_channel,
+        reduce_range=job.config.weights_of_7_bits,
+        skip=job.skip,
     )
 
 
-def _dynamic_pte(exact: Path, target: Path, shop: Workshop, config: QuantizeConfig) -> Files:
-    example = shop.samples("val", PARITY_SAMPLES)
-    return pt2e.dynamic(exact, target, example=example, skip=config.skip)
+def _dynamic_pte(job: Job) -> Files:
+    return pt2e.dynamic(job.exact, job.target, example=job.example, skip=job.skip)
 
 
 # --- LiteRT ---------------------------------------------------------------------------------------------------------
 
 
-def _static_tflite(
-    exact: Path,
-    target: Path,
-    shop: Workshop,
-    config: QuantizeConfig,
-    calibration: Sequence[Tensor],
-    skip: Sequence[str],
-) -> Files:
-    return litert.static(exact, target, calibration=calibration, per_channel=config.per_channel, skip=skip)
+def _static_tflite(job: Job) -> Files:
+    per_channel = job.config.per_channel
+    return litert.static(job.exact, job.target, calibration=job.calibration, per_channel=per_channel, skip=job.skip)
 
 
-def _dynamic_tflite(exact: Path, target: Path, shop: Workshop, config: QuantizeConfig) -> Files:
-    return litert.dynamic(exact, target, skip=config.skip)
+def _dynamic_tflite(job: Job) -> Files:
+    return litert.dynamic(job.exact, job.target, skip=job.skip)
 
 
-def _weight_only_tflite(exact: Path, target: Path, shop: Workshop, config: QuantizeConfig) -> Files:
-    return litert.weight_only(exact, target, bits=config.bits, skip=config.skip)
+def _weight_only_tflite(job: Job) -> Files:
+    return litert.weight_only(job.exact, job.target, bits=job.config.bits, skip=job.skip)
 
 
 TOOLS: Mapping[str, Tool] = {
