@@ -29,6 +29,10 @@ def tracked(planned):
     return {run.data.tags["heliostat.key"]: run for run in found}
 
 
+def nothing_follows():
+    """What a stage calls when it is nearly over, in a pipeline that has no stage after it."""
+
+
 def errors_of(planned, run):
     """The error of a run as a tag, and the files of that name."""
     files = mlflow.MlflowClient(planned.pipeline.tracking_uri).list_artifacts(run.info.run_id)
@@ -64,7 +68,7 @@ def test_a_run_ends_what_killed_ones_left_open_and_goes_on_with_its_own(planned)
     for key in ("toy/0@killed", "toy/mine"):
         with History.open(planned, key, print) as killed:
             killed.started(node)
-            killed.reporter(node, None).trial_started("0001", {})
+            killed.reporter(node, None, when_nearly_over=nothing_follows).trial_started("0001", {})
     with History.open(planned, "toy/mine", print, ["toy/mine", "toy/0@killed"]):
         pass
     below = ("", f"/{node.fingerprint}", f"/{node.fingerprint}/0001")
@@ -118,7 +122,7 @@ def test_a_model_of_an_old_store_whose_record_does_not_name_its_run_is_told_of_i
 def test_why_a_trial_ended_is_an_error_only_if_it_failed(planned, status, tag):
     node = planned.node("search")
     with History.open(planned, "toy/mine", print) as history:
-        reporter = history.reporter(node, None)
+        reporter = history.reporter(node, None, when_nearly_over=nothing_follows)
         reporter.trial_started("0001", {})
         reporter.trial_ended("0001", status, metrics={}, reason="why it did")
     run = tracked(planned)[f"toy/mine/{node.fingerprint}/0001"]
