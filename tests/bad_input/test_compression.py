@@ -27,6 +27,7 @@ from heliostat.core import extras
         ({"sensitivity": {"max_drop": {"val_acc": 0.1}}}, "sensitivity.max_drop.val_acc: nobody reports 'val_acc'"),
         ({"sensitivity": {"max_drop": {"val_accuracy": 0.1}}, "sparsity": 0.4}, "leave 'sparsity' out"),
         ({"sensitivity": {}, "scope": "layer"}, "sensitivity says how far each layer goes; leave 'scope' out"),
+        ({"sensitivity": {}, "head_sparsity": 0.5}, "how many heads of each attention go; leave 'head_sparsity' out"),
         ({"sensitivity": {}, "sparsity": 0.95}, "sparsity 0.95 is beyond the last of sensitivity.levels, 0.9"),
         ({"method": "magnitude", "importance": "taylor"}, "magnitude takes no 'importance'; it takes gradual_epochs,"),
         ({"method": "semi_structured", "sparsity": 0.4}, "semi_structured takes no 'sparsity'; it takes skip"),

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -14,8 +15,22 @@ from heliostat.compression.size import num_params
 from heliostat.errors import StageError
 from heliostat.stages.measure import measure_quality
 from heliostat.stages.passes import scan
+from heliostat.training.config import TrainConfig
 
 LEVELS = (0.25, 0.5, 0.75)
+ATTENTION = """
+
+
+class Attentive(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(2, 8)
+        self.block = nn.TransformerEncoderLayer(8, 4, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x):
+        return self.head(self.block(self.first(x.view(-1, 4, 2))).flatten(1))
+"""
 
 
 @pytest.mark.parametrize("method", ["structured", "magnitude"])
@@ -50,6 +65,24 @@ def test_the_scan_prunes_as_far_as_the_limit_allows_and_no_further(bench, traine
         assert before - after <= limit + 1e-6
         reached.append(sum(pruned.record.details["sparsities"].values()))
     assert 0 < reached[0] < reached[1]
+
+
+@pytest.mark.parametrize("gradual_epochs", [0, 1])
+def test_the_scan_takes_heads_from_attention_as_it_takes_channels_from_other_layers(bench, gradual_epochs):
+    module = bench.root / "toy.py"
+    module.write_text(module.read_text() + ATTENTION)
+    attentive = replace(bench, task=bench.task.model_copy(update={"model": "toy:Attentive"}))
+    model = attentive.train(TrainConfig(epochs=3, optimizer={"lr": 0.01}))
+    config = {"sparsity": 0.5, "gradual_epochs": gradual_epochs, "sensitivity": {}, "importance": "taylor"}
+    pruned = attentive.run("prune", config, model=model)
+    details, layers = pruned.record.details, ["block.self_attn", "block.linear1"]
+    tried = [(row["layer"], row["sparsity"]) for row in details["sensitivity"]]
+    assert tried == [(layers[0], level) for level in LEVELS] + [(layers[1], level) for level in (*LEVELS, 0.9)]
+    heads, channels = (details["sparsities"][layer] for layer in layers)
+    assert (8 * heads + 16 * channels) / 24 == pytest.approx(0.5, abs=0.001)
+    assert details["pruned"].get("heads_left", {layers[0]: 4}) == {layers[0]: 4 - round(4 * heads)}
+    assert details["pruned"]["channels_removed"][layers[1]] == round(16 * channels)
+    assert details["parity"]["reload"]["max_abs_diff"] == 0
 
 
 def test_a_limit_that_no_cut_keeps_is_refused(bench, trained, monkeypatch):

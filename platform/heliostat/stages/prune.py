@@ -39,7 +39,8 @@ class PenaltyConfig(Spec):
 class SensitivityConfig(Spec):
     """Each layer alone is pruned to some `levels` and measured on `val`, then all of them so far that they cost alike.
 
-    That makes `sparsity` of the whole network, or as much as `max_drop` allows.
+    With `structured` an attention layer takes part with its heads. That makes `sparsity` of the whole network, or as
+    much as `max_drop` allows.
     """
 
     levels: tuple[Annotated[Number, Field(gt=0, lt=1)], ...] = Field((0.25, 0.5, 0.75, 0.9), min_length=1)
@@ -71,7 +72,7 @@ class PruneConfig(FineTuning):
     importance: Literal["magnitude", "taylor", "bn_scale"] = "magnitude"
     """Which channels matter: by the norm of their weights, by what the loss says, by the scale of their batch norm."""
     head_sparsity: Fraction = 0.0
-    """The fraction of the heads of every attention layer that goes."""
+    """The fraction of the heads of every attention layer that goes. A scan sets it for each."""
     penalty: PenaltyConfig | None = None
     """Its threshold decides what goes, instead of `sparsity`."""
     gradual_epochs: NonNegativeInt = 0
@@ -97,6 +98,8 @@ class PruneConfig(FineTuning):
     def _check_sensitivity(self, scan: SensitivityConfig) -> None:
         if "scope" in self.model_fields_set:
             raise ValueError("sensitivity says how far each layer goes; leave 'scope' out")
+        if "head_sparsity" in self.model_fields_set:
+            raise ValueError("sensitivity says how many heads of each attention go; leave 'head_sparsity' out")
         if scan.max_drop and "sparsity" in self.model_fields_set:
             raise ValueError("sensitivity.max_drop decides how much goes; leave 'sparsity' out")
         if not scan.max_drop and self.sparsity > scan.levels[-1]:
@@ -126,7 +129,7 @@ def _check(config: PruneConfig, view: ConfigView) -> Iterator[str]:
     "prune",
     inputs={"model": "model"},
     output="model",
-    version=2,
+    version=3,
     measured="later",
     workload=lambda config: {"epochs": config.epochs},
     check=_check,

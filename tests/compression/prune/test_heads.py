@@ -47,6 +47,14 @@ def test_heads_are_ranked_by_the_loss_when_gradients_say_so(nets, tokens):
     assert by_loss["encoder.layers.0.self_attn"] == [1]
 
 
+def test_each_attention_layer_may_lose_another_part_of_its_heads(nets):
+    first, second = (f"encoder.layers.{i}.self_attn" for i in (0, 1))
+    smaller, history = remove_heads(nets.Transformer(), sparsity={first: 0.4, second: 0.2})  # to the nearest of two
+    assert history == [{"op": "heads", "layers": {first: history[0]["layers"][first]}}]
+    assert [smaller.get_submodule(name).in_proj_weight.shape[0] for name in (first, second)] == [24, 48]
+    assert remove_heads(nets.Transformer(), sparsity={second: 0.2})[1] == []
+
+
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_attention_with_fewer_heads_keeps_to_its_masks(batch_first):
     smaller, _ = remove_heads(nn.Sequential(nn.MultiheadAttention(16, 4, batch_first=batch_first)), sparsity=0.25)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from heliostat.compression.layers import skipped
-from heliostat.compression.prune.masks import check_sparsity
+from heliostat.compression.prune.masks import Sparsity, check_sparsity
 from heliostat.compression.prune.structured import Backward
 from heliostat.errors import SpecError, StageError
 
@@ -74,12 +74,23 @@ def _additive(mask: Tensor | None, like: Tensor) -> Tensor | None:
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, float("-inf"))
 
 
+def attention_layers(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.MultiheadAttention]:
+    """The attention layers that `remove_heads` may take heads from. Raises SpecError as it does, for `skip`."""
+    kept = skipped(model, skip)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None and name not in kept
+    }
+
+
 def remove_heads(
-    model: nn.Module, *, sparsity: float, skip: Sequence[str] = (), backward: Backward | None = None
+    model: nn.Module, *, sparsity: Sparsity, skip: Sequence[str] = (), backward: Backward | None = None
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A copy of `model` with the fraction `sparsity` of the heads of every attention layer gone, and the history.
 
     Args:
+        sparsity: in [0, 1), or for each attention layer by its name, to the nearest head.
         skip: patterns (as of `fnmatch`) of names of layers to leave alone.
         backward: rank heads by what it makes of the gradients of a copy of the model; without it, by their weights.
 
@@ -87,27 +98,24 @@ def remove_heads(
         SpecError: sparsity outside [0, 1), a pattern that matches no layer, a layer that would be left without heads.
         StageError: there is no `nn.MultiheadAttention` over one embedding width.
     """
-    check_sparsity(sparsity, name="head_sparsity")
+    for fraction in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
+        check_sparsity(fraction, name="head_sparsity")
     model = copy.deepcopy(model)
-    kept = skipped(model, skip)
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None and name not in kept
-    }
+    layers = attention_layers(model, skip)
     if not layers:
         raise StageError("there are no heads to remove: no nn.MultiheadAttention that is not skipped")
     if backward is not None:
         backward(model)
     step: dict[str, Any] = {"op": "heads", "layers": {}}
     for name, layer in layers.items():
-        remaining = int(layer.num_heads * (1 - sparsity))
+        remaining = _left(sparsity, name, layer.num_heads)
         if remaining < 1:
             raise SpecError(f"head_sparsity {sparsity} leaves {name!r} ({layer.num_heads} heads) without any")
-        step["layers"][name] = sorted(_importance(layer).topk(remaining).indices.tolist())
+        if remaining < layer.num_heads:
+            step["layers"][name] = sorted(_importance(layer).topk(remaining).indices.tolist())
     model.zero_grad(set_to_none=True)
     replay(model, step)
-    return model, [step]
+    return model, [step] if step["layers"] else []
 
 
 def replay(model: nn.Module, step: Mapping[str, Any]) -> None:
@@ -116,6 +124,12 @@ def replay(model: nn.Module, step: Mapping[str, Any]) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.MultiheadAttention)
         model.set_submodule(name, _with_heads(layer, heads))
+
+
+def _left(sparsity: Sparsity, name: str, num_heads: int) -> int:
+    if isinstance(sparsity, Mapping):
+        return num_heads - round(num_heads * sparsity.get(name, 0.0))
+    return int(num_heads * (1 - sparsity))
 
 
 def _importance(layer: nn.MultiheadAttention) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from heliostat.compression.prune.heads import remove_heads
+from heliostat.compression.prune.heads import attention_layers, remove_heads
 from heliostat.compression.prune.masks import Masks, Sparsity, below, magnitude, two_of_four
 from heliostat.compression.prune.structured import Backward, structured
 from heliostat.stages.passes.workshop import Workshop
@@ -28,10 +28,22 @@ def cut(
         if threshold is not None:
             return model, [], below(model, threshold=threshold, skip=config.skip)
         return model, [], magnitude(model, sparsity=sparsity, scope=config.ranked, skip=config.skip)
+    channels, heads = channels_and_heads(model, config, sparsity)
     steps: Steps = []
-    if sparsity or threshold is not None:
-        model, steps = cut_channels(shop, model, config, None if threshold else sparsity, threshold=threshold)
-    return *cut_heads(shop, model, config, steps), None
+    if channels or threshold is not None:
+        model, steps = cut_channels(shop, model, config, None if threshold else channels, threshold=threshold)
+    return *cut_heads(shop, model, config, heads, steps), None
+
+
+def channels_and_heads(model: nn.Module, config: PruneConfig, sparsity: Sparsity) -> tuple[Sparsity, Sparsity]:
+    """What goes of the channels and what of the heads: the sparsities of a scan are of both, by the layer's name."""
+    if not isinstance(sparsity, Mapping):
+        return sparsity, config.head_sparsity
+    attention = attention_layers(model, config.skip)
+    return (
+        {name: fraction for name, fraction in sparsity.items() if name not in attention},
+        {name: fraction for name, fraction in sparsity.items() if name in attention},
+    )
 
 
 def cut_channels(
@@ -50,12 +62,13 @@ def cut_channels(
     )
 
 
-def cut_heads(shop: Workshop, model: nn.Module, config: PruneConfig, steps: Steps) -> tuple[nn.Module, Steps]:
-    """The model without the heads that the config says go, and the steps up to there."""
-    if not config.head_sparsity:
+def cut_heads(
+    shop: Workshop, model: nn.Module, config: PruneConfig, sparsity: Sparsity, steps: Steps
+) -> tuple[nn.Module, Steps]:
+    """The model without this part of its heads, and the steps up to there."""
+    if not sparsity:
         return model, steps
-    backward = _gradients(shop, config)
-    model, fewer = remove_heads(model, sparsity=config.head_sparsity, skip=config.skip, backward=backward)
+    model, fewer = remove_heads(model, sparsity=sparsity, skip=config.skip, backward=_gradients(shop, config))
     return model, [*steps, *fewer]
 
 

@@ -16,7 +16,7 @@ from heliostat.core.stage import StageResult
 from heliostat.errors import StageError
 from heliostat.stages.finetuning import mend
 from heliostat.stages.models import torch_model
-from heliostat.stages.passes.cut import Steps, cut, cut_channels, cut_heads, described
+from heliostat.stages.passes.cut import Steps, channels_and_heads, cut, cut_channels, cut_heads, described
 from heliostat.stages.passes.scan import scan
 from heliostat.stages.passes.workshop import Source, Workshop
 from heliostat.stages.prune import PenaltyConfig, PruneConfig
@@ -39,8 +39,9 @@ def prune_model(shop: Workshop, source: Source, config: PruneConfig) -> StageRes
         details = {"sensitivity": table, "sparsities": sparsity}
     masks = None
     if config.gradual_epochs and config.method == "structured":
-        model, steps, rows = _cut_step_by_step(shop, model, config, sparsity)
-        model, steps = cut_heads(shop, model, config, steps)
+        channels, heads = channels_and_heads(model, config, sparsity)
+        model, steps, rows = _cut_step_by_step(shop, model, config, channels)
+        model, steps = cut_heads(shop, model, config, heads, steps)
     else:
         rows = _make_sparse(shop, model, config, sparsity)
         model, steps, masks = cut(shop, model, config, sparsity)

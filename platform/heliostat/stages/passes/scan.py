@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from heliostat.compression.formats import load_torch
+from heliostat.compression.prune.heads import attention_layers
 from heliostat.compression.prune.masks import layer_of, prunable_weights
 from heliostat.compression.prune.sensitivity import most, spread
 from heliostat.compression.prune.structured import widths
@@ -41,16 +42,19 @@ def scan(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """The sparsity of each layer, and the table of what each alone costs: `layer`, `sparsity`, the figures of `val`.
 
+    Of an attention layer in a network that gets smaller it is heads that go, whole ones.
+
     Raises StageError when no layer can be pruned, or none without that `max_drop` is passed.
     """
     given = _Given(shop.portable, files_in(source.folder), config)
     objective = build_objective(shop.task)
     before = evaluate(model, shop.data["val"], objective, split="val")
-    sizes = _sizes(shop, model, config)
-    levels = {layer: _possible(settings.levels, size) for layer, size in sizes.items()}
+    sizes, pieces = _sizes(shop, model, config)
+    levels = {layer: _possible(settings.levels, count) for layer, count in pieces.items()}
     layers = [name for name, _ in model.named_modules() if levels.get(name)]
     if not layers:
-        raise StageError(f"sensitivity: no layer has weights or channels enough for the levels {list(settings.levels)}")
+        asked = list(settings.levels)
+        raise StageError(f"sensitivity: no layer has weights, channels or heads enough for the levels {asked}")
     tries = [[{layer: level} for level in levels[layer]] for layer in layers]
     figures = shop.side_by_side(_pruned_figures, given, tries)
     table = [
@@ -79,22 +83,28 @@ def scan(
             break
         step /= AT_ONCE
     found = spread(harms, sizes, low)
-    if not any(round(sizes[layer] * sparsity) for layer, sparsity in found.items()):
+    if not any(round(pieces[layer] * sparsity) for layer, sparsity in found.items()):
         limits = ", ".join(f"{metric} {limit:g}" for metric, limit in settings.max_drop.items())
         raise StageError(f"sensitivity: nothing can be pruned within max_drop ({limits}) before fine-tuning")
     return found, table
 
 
-def _sizes(shop: Workshop, model: nn.Module, config: PruneConfig) -> dict[str, int]:
-    """The weights or channels of each layer that can be pruned."""
-    if config.method == "structured":
-        return widths(model, example=shop.example, importance=config.importance, skip=config.skip)
-    return {layer_of(name): weight.numel() for name, weight in prunable_weights(model, config.skip)[0].items()}
+def _sizes(shop: Workshop, model: nn.Module, config: PruneConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """Of each layer that can be pruned its weights or channels, those of all heads for attention, and in how many
+    pieces they go.
+    """
+    if config.method == "magnitude":
+        weights = {layer_of(name): weight.numel() for name, weight in prunable_weights(model, config.skip)[0].items()}
+        return weights, weights
+    channels = widths(model, example=shop.example, importance=config.importance, skip=config.skip)
+    attention = attention_layers(model, config.skip)
+    inner = {name: layer.num_heads * layer.head_dim for name, layer in attention.items()}
+    return channels | inner, channels | {name: layer.num_heads for name, layer in attention.items()}
 
 
-def _possible(levels: Sequence[float], size: int) -> list[float]:
-    """Those that take something from a layer of this size, and not all of it."""
-    return [level for level in levels if 0 < round(level * size) < size]
+def _possible(levels: Sequence[float], pieces: int) -> list[float]:
+    """Those that take something from a layer of so many pieces, and not all of it."""
+    return [level for level in levels if 0 < round(level * pieces) < pieces]
 
 
 def _drops(before: Figures, after: Figures, metrics: Mapping[str, float], objective: Objective) -> Figures:
@@ -105,7 +115,7 @@ def _drops(before: Figures, after: Figures, metrics: Mapping[str, float], object
 
 def _pruned_figures(given: _Given, tries: Sequence[Sparsities]) -> list[Figures]:
     """The figures of `val` of the model after each of these cuts, which start from the same model."""
-    shop, config = given.shop, given.config.model_copy(update={"head_sparsity": 0.0})
+    shop, config = given.shop, given.config
     objective = build_objective(shop.task)
     figures = []
     with TemporaryDirectory(prefix="heliostat-") as folder:
