@@ -1,6 +1,7 @@
 import json
 import pickle
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -39,6 +40,24 @@ def test_a_torch_model_loads_with_the_same_outputs(saved, images):
     assert (loaded.format, loaded.input_shape, loaded.input_dtype) == ("torch", (1, 8, 8), torch.float32)
     assert sorted(files) == sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file())
     assert read_record(folder)["train_config"] == {"epochs": 1}
+
+
+def test_a_model_is_saved_and_traced_to_onnx_without_torch_loading_its_compiler(fresh_process):
+    source = """
+        import sys
+        from pathlib import Path
+        import torch
+        from heliostat.compression.export import save_onnx
+        from heliostat.compression.formats import load_model, save_torch
+
+        model, rows = torch.nn.Linear(3, 2), torch.randn(4, 3)
+        settings = {"in_features": 3, "out_features": 2}
+        save_torch(model, Path("torch"), reference="torch.nn:Linear", model_args=settings, example=rows)
+        save_onnx(model, Path("onnx"), example=rows)
+        print([load_model(Path(folder))(rows).shape == (4, 2) for folder in ("torch", "onnx")])
+        print("torch._dynamo" in sys.modules)
+    """
+    assert fresh_process(dedent(source)).split("\n")[-3:-1] == ["[True, True]", "False"]
 
 
 def test_a_pruned_model_loads_in_a_fresh_process_away_from_its_code(tmp_path, nets, code, images, fresh_process):

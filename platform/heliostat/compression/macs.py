@@ -1,12 +1,13 @@
 """The arithmetic of a model: how many multiplications with an addition one row takes."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, sdpa_flop_count
 
 
 def num_macs(model: nn.Module, example: Tensor) -> int:
@@ -17,11 +18,26 @@ def num_macs(model: nn.Module, example: Tensor) -> int:
     training = model.training
     counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH)
     try:
-        with torch.enable_grad(), counter:  # without gradients an encoder runs as one operation that hides its own
+        # Without gradients an encoder runs as one operation that hides its own.
+        with torch.enable_grad(), _Uncompiled(counter):
             model.eval()(example[:1])
     finally:
         model.train(training)
     return int(counter.get_total_flops()) // 2
+
+
+class _Uncompiled(_FlopCounterMode):  # type: ignore[no-untyped-call]
+    """What `FlopCounterMode` counts with, left as it was written.
+
+    Torch wraps it to tell its compiler to leave it alone, and would load the compiler for that, for as long as it takes
+    to load torch itself.
+    """
+
+    __torch_dispatch__ = inspect.unwrap(_FlopCounterMode.__torch_dispatch__)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def _recurrent_flops(

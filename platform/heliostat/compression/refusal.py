@@ -5,7 +5,6 @@ import traceback
 from pathlib import Path
 
 import torch
-from torch._dynamo.exc import Unsupported, UserError
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 NOT_OWN = (Path(torch.__file__).parents[1], Path(traceback.__file__).parent, Path(__file__).parent)
@@ -16,6 +15,8 @@ CALL = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*\n\s*([^\n]+)')
 
 def reason(error: BaseException) -> str:
     """What went wrong, on one line: `model.py:12: `if x.sum() > 0:`: control flow that depends on the data ...`."""
+    from torch._dynamo.exc import Unsupported, UserError  # loads a compiler that tracing does without
+
     place = _in_message(error) or _in_traceback(error)
     where = f"{place[0]}:{place[1]}: `{place[2]}`: " if place else ""
     if isinstance(error, GuardOnDataDependentSymNode) or (
