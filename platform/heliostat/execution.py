@@ -83,6 +83,8 @@ class Execution:
         for node in self._plan.nodes:
             if node.name not in self._outcomes:
                 self._settle(outcome_of(node, "skipped", error="interrupted"))
+            if self._status(node) == "ran":
+                self._clear_shelves(node)
         return [self._outcomes[node.name] for node in self._plan.nodes], interrupted
 
     def _take(self, results: Iterable[NodeOutcome | _Made]) -> None:
@@ -96,6 +98,12 @@ class Execution:
     def _settle(self, outcome: NodeOutcome) -> None:
         self._outcomes[outcome.name] = outcome
         self._view.ended(outcome)
+
+    def _clear_shelves(self, node: Node) -> None:
+        """What its stage keeps for inputs that it has no more, such as a model of other data, goes: it only grew."""
+        live = {other.shelf for other in self._plan.nodes if other.stage == node.stage}
+        for shelf in set(node.shelf.parent.glob("*")) - live:
+            shutil.rmtree(shelf)
 
     # --- what may start ---------------------------------------------------------------------------
 

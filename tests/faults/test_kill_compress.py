@@ -54,7 +54,7 @@ def test_links_that_were_made_are_not_made_again(toy, heliostat_in, kill_when):
 
     def made():
         """The folders of the models that are pruned and done."""
-        found = toy.folder.glob(".heliostat/toy/small/shelf/*/made.json")
+        found = toy.folder.glob(".heliostat/toy/small/shelf/*/*/made.json")
         return [path.parent for path in found if (path.parent / "weights.pt").exists()]
 
     kill_when(

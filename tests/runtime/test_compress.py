@@ -89,12 +89,13 @@ def run(trained, root, tmp_path, reporter):
 
     def run(*, watch=lambda context: None, **config):
         context = context_in(run.folder, trained.task, root, reporter=reporter, model=(trained.artifact,))
+        run.shelf = context.shelf
         watch(context)
         result = compress(context, CompressConfig.model_validate(config))
         rows = {row["model"]: row for row in result.details["table"]}
         return SimpleNamespace(folder=context.folder, result=result, details=result.details, rows=rows)
 
-    run.folder, run.shelf = tmp_path / "small", tmp_path / "shelf"
+    run.folder = tmp_path / "small"
     return run
 
 

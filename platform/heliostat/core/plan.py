@@ -20,7 +20,7 @@ from heliostat.core.identity import explain_change, fingerprint
 from heliostat.core.model import Spec
 from heliostat.core.paths import set_path, why_not_a_path
 from heliostat.core.spec import Pipeline, Resources, Stage, Task
-from heliostat.core.stage import ConfigView, Reporter, Slot, StageContext, StageKind, find_kind
+from heliostat.core.stage import ConfigView, Reporter, Slot, StageContext, StageKind, find_kind, shelf_in
 from heliostat.core.validate import validate
 from heliostat.errors import ArtifactError, ResourceError, SpecError, nearest
 
@@ -57,6 +57,11 @@ class Node:
     @property
     def upstream(self) -> list["Node"]:
         return list({node.name: node for nodes in self.inputs.values() for node in nodes}.values())
+
+    @property
+    def shelf(self) -> Path:
+        """That of its stage's context."""
+        return shelf_in(self.folder.parent, (node.fingerprint for node in self.upstream))
 
 
 @dataclass(frozen=True)

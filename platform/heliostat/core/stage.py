@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, get_type_hints
 
 from heliostat.core.artifact import Artifact
 from heliostat.core.capacity import Need
+from heliostat.core.identity import fingerprint
 from heliostat.core.imports import reference_to, resolve
 from heliostat.core.model import Spec
 from heliostat.core.spec import Resources, Task
@@ -90,15 +91,21 @@ class StageContext:
 
     @property
     def shelf(self) -> Path:
-        """A folder that all nodes of the stage share and no run clears, unless it is forced: for what is named by its
-        content. Nothing in it is part of an artifact.
+        """A folder that nodes of the stage share if the same goes into them: for what is named by its content. It goes
+        when the stage is forced, or has run in a plan where that goes into none of them. Nothing in it is part of an
+        artifact.
         """
-        return self.folder.parent / SHELF
+        return shelf_in(self.folder.parent, (a.record.fingerprint for group in self.inputs.values() for a in group))
 
     def one(self, slot: str) -> Artifact:
         """The single artifact in `slot`."""
         (artifact,) = self.inputs[slot]
         return artifact
+
+
+def shelf_in(folder: Path, made_from: Iterable[str]) -> Path:
+    """The shelf, in a stage's folder, of its nodes into which the nodes with these fingerprints go."""
+    return folder / SHELF / fingerprint({"made_from": sorted(set(made_from))})
 
 
 @dataclass(frozen=True)

@@ -163,7 +163,7 @@ def _search(context: StageContext, config: CompressConfig, source: Artifact, obj
     from heliostat.runtime.trials import search
     from heliostat.stages.measure import recipe_of
 
-    context.shelf.mkdir(exist_ok=True)
+    context.shelf.mkdir(parents=True, exist_ok=True)
     if not any(context.folder.iterdir()):
         _forget_failures(context.shelf)
     recipe = recipe_of(source.record.params)
