@@ -25,10 +25,15 @@ def test_what_an_extra_asks_for_exports_quantizes_and_runs_its_format(tmp_path, 
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"][extra]
     subprocess.run([python, "-m", "pip", "install", "-q", *wanted], check=True)
     quantizing = "test_litert.py" if extra == "litert" else "test_pt2e.py"
-    tests = ["tests/compression/test_programs.py", f"tests/compression/quantize/{quantizing}", "-p", "no:cacheprovider"]
+    tests = ["compression/test_programs.py", f"compression/quantize/{quantizing}", "stages/test_formats.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
     done = subprocess.run(
-        [python, "-m", "pytest", "-q", *tests], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in tests)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
     assert "is not installed" not in done.stdout.replace(f"{OTHER[extra]} is not installed", "")

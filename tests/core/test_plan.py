@@ -88,6 +88,22 @@ def test_a_matrix_of_two_fields_and_two_inputs_is_the_product_of_all(planned):
     assert names[-1] == "int8[method=dynamic,per_channel=False,student]"
 
 
+def test_formats_and_backends_are_a_matrix_each_and_a_choice_by_latency_gathers_all(planned):
+    plan = planned(
+        "stages.student.uses=export",
+        "stages.student.inputs={model: train}",
+        "stages.student.config={}",
+        "stages.student.matrix={format: [onnx, pt2]}",
+        "stages.int8.inputs.model=train",
+        "stages.int8.matrix={backend: [onnxruntime, torchao]}",
+        "stages.best.inputs.candidates=[train, student, int8]",
+        "stages.best.config.minimize=[latency_ms]",
+    )
+    files = ["student[format=onnx]", "student[format=pt2]", "int8[backend=onnxruntime]", "int8[backend=torchao]"]
+    assert [node.name for node in plan.node("best").inputs["candidates"]] == ["train", *files]
+    assert len({plan.node(name).fingerprint for name in files}) == 4
+
+
 def test_a_matrix_value_overrides_the_config_down_to_a_nested_field(planned):
     plan = planned("stages.train.config={optimizer: {name: sgd, lr: 0.5}}", "stages.train.matrix.optimizer.lr=[0.1]")
     (train,) = (node for node in plan.nodes if node.stage == "train")

@@ -1,6 +1,7 @@
 """Files of several formats, in float and in int8: each goes through every gate, and `select` takes them all."""
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 
@@ -39,8 +40,10 @@ def test_torchao_quantizes_a_graph_as_it_is_and_select_takes_it_like_any_other(b
     base, graph, int8 = measured(trained, exported, small)
     assert int8.metrics["val_accuracy"] > base.metrics["val_accuracy"] - 0.05
     assert int8.metrics["num_macs"] == base.metrics["num_macs"]
-    best = bench.run("select", {"minimize": ["val_loss"]}, baseline=base, candidates=[graph, int8])
-    assert {row["model"] for row in best.record.details["table"]} == {"train", "export", "quantize"}
+    best = bench.run("select", {"minimize": ["latency_ms"]}, baseline=base, candidates=[graph, int8])
+    latencies = {row["model"]: row["metrics"]["latency_ms"] for row in best.record.details["table"]}
+    assert latencies.keys() == {"train", "export", "quantize"}
+    assert best.record.details["chosen"] == min(latencies, key=latencies.__getitem__)
     assert load_model(best.folder)(resolve("toy:build_data")()["val"].tensors[0]).shape == (100, 3)
 
 
@@ -50,6 +53,20 @@ def test_a_graph_learns_under_rounding_and_keeps_the_layers_in_float_that_cost_t
     assert len(aware.record.details["history"]) == 1
     assert aware.record.details["quantization"]["int8_ops"] == {"Linear": 3}
     assert aware.record.details["mixed_precision"]["left_in_float"] == []
+
+
+@pytest.mark.parametrize(("backend", "package"), [("executorch", "executorch"), ("litert", "litert_torch")])
+def test_a_model_learns_under_rounding_and_becomes_a_file_for_a_device(bench, trained, measured, backend, package):
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    aware = bench.run("quantize", {"backend": backend, "method": "qat", "finetune_epochs": 1}, model=trained)
+    assert len(aware.record.details["history"]) == 1
+    quantization = aware.record.details["quantization"]
+    assert (quantization["backend"], quantization["int8_ops"]) == (backend, {"Linear": 3})
+    base, int8 = measured(trained, aware)
+    assert int8.metrics["val_accuracy"] > base.metrics["val_accuracy"] - 0.05
+    assert int8.metrics["size_mb"] > 0
+    assert load_model(aware.folder)(resolve("toy:build_data")()["val"].tensors[0]).shape == (100, 3)
 
 
 def test_how_a_model_is_called_is_told_by_two_inputs_and_their_outputs(bench, trained):
