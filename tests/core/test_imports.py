@@ -176,6 +176,16 @@ def test_installed_packages_and_heliostat_itself_are_not_the_users_source(folder
     assert list(own_sources(["mine:x", "yaml:load", "heliostat.stages.train:train"], root)) == ["mine.py"]
 
 
+def test_packages_that_are_installed_for_one_user_alone_are_not_the_users_source(folder, tmp_path, monkeypatch):
+    theirs = tmp_path / "local" / "site-packages"
+    theirs.mkdir(parents=True)
+    (theirs / "theirs.py").write_text("x = 1")
+    root = folder(mine="import theirs\nx = theirs.x")
+    monkeypatch.syspath_prepend(theirs)
+    resolve("mine:x")
+    assert list(own_sources(["mine:x"], root)) == ["mine.py"]
+
+
 def test_a_project_inside_the_folder_of_installed_packages_is_still_the_users(tmp_path, monkeypatch):
     """Such as one in a Ray job's working directory, which lies where packages are looked up."""
     site = tmp_path / "site-packages"

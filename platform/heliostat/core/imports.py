@@ -112,9 +112,14 @@ def why_not_callable(
 # --- whose source it is ----------------------------------------------------------------------------
 
 
+PACKAGES = ("site-packages", "dist-packages")
+"""How folders of installed packages are called, also those of a user (`pip install --user`) or that a `.pth` adds."""
+
+
 def _installed_folders() -> tuple[Path, ...]:
     folders = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     folders.update(site.getsitepackages())
+    folders.update(path for path in sys.path if Path(path).name in PACKAGES)
     folders.add(str(Path(__file__).resolve().parents[1]))  # heliostat itself: its stages carry a version instead
     return tuple(Path(f).resolve() for f in folders if f)
 
