@@ -12,6 +12,7 @@ import pytest
 from heliostat.core.objective import Objectives
 from heliostat.core.space import Space
 from heliostat.core.spec import Resources, Task
+from heliostat.core.stage import StageContext
 from heliostat.runtime import session
 from heliostat.training.config import TrainConfig
 
@@ -131,35 +132,41 @@ def reporter() -> RecordingReporter:
 def run(task, root, tmp_path, reporter):
     """A search over the toy's space, with the changes that a test names."""
     from heliostat.runtime.ledger import Budget
-    from heliostat.runtime.shared_data import shared_data
-    from heliostat.runtime.trials import search
+    from heliostat.runtime.search import Search, run_search
+    from heliostat.runtime.training import Training
 
-    def run(**changes):
-        settings = {
-            "space": Space.parse(changes.pop("space", SPACE)),
-            "algorithm": "random",
-            "budget": Budget(changes.pop("trials", 4), changes.pop("wall_time_s", None), changes.pop("target", ())),
-            "train": TrainConfig(epochs=2, batch_size=16),
-            "objectives": Objectives.of({"val_loss": "min"}),
-            "scheduler": None,
-            "seed": 0,
-            "resources": Resources(),
-            "root": root,
-            "folder": tmp_path,
-            "reporter": reporter,
-            "cancel": threading.Event(),
-        }
-        settings |= changes
-        trained = settings.pop("task", task)
-        shared = shared_data(
-            trained,
+    def run(
+        *,
+        task=task,
+        space=SPACE,
+        algorithm="random",
+        trials=4,
+        wall_time_s=None,
+        target=(),
+        objectives=None,
+        train=None,
+        folds=None,
+        folder=tmp_path,
+        resources=None,
+        reporter=reporter,
+        cancel=None,
+        retries=0,
+        **more,
+    ):
+        context = StageContext(
+            node="search",
+            folder=folder,
             root=root,
-            seed=settings["seed"],
-            retries=settings.get("retries", 0),
-            folder=tmp_path,
-            hang_timeout_s=settings["resources"].hang_timeout_s,
+            task=task,
+            seed=0,
+            resources=resources or Resources(),
+            inputs={},
+            reporter=reporter,
+            retries=retries,
+            cancel=cancel or threading.Event(),
         )
-        with shared as provider:
-            return search(trained, provider=provider, **settings)
+        budget, objectives = Budget(trials, wall_time_s, target), objectives or Objectives.of({"val_loss": "min"})
+        search = Search(Space.parse(space), algorithm, budget, objectives, **more)
+        return run_search(context, search, Training(train or TrainConfig(epochs=2, batch_size=16), folds))
 
     return run

@@ -12,15 +12,16 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 
-from heliostat.core.objective import Objective, Objectives
+from heliostat.core.objective import Objectives
 from heliostat.core.space import Space
 from heliostat.core.spec import Resources, Task
-from heliostat.core.stage import Unheard
+from heliostat.core.stage import StageContext, Unheard
 from heliostat.runtime import session
 from heliostat.runtime.ledger import Budget
+from heliostat.runtime.search import Search, run_search
 from heliostat.runtime.tasks import run_task
 from heliostat.runtime.trainer import train_workers
-from heliostat.runtime.trials import search
+from heliostat.runtime.training import Training
 from heliostat.training.config import TrainConfig
 
 TOY = """
@@ -68,21 +69,20 @@ def main(folder: Path) -> None:
 
     def tune(resources: Resources) -> None:
         (folder / "search").mkdir()
-        search(
-            task,
-            space=Space.parse({"optimizer.lr": {"uniform": [0.1, 0.2]}}),
-            algorithm="random",
-            budget=Budget(3),
-            train=TrainConfig(epochs=1),
-            objectives=Objectives((Objective("val_loss", "min"),)),
-            scheduler=None,
+        context = StageContext(
+            node="search",
+            folder=folder / "search",
+            root=root,
+            task=task,
             seed=0,
             resources=resources,
-            root=root,
-            folder=folder / "search",
+            inputs={},
             reporter=Unheard(),
             cancel=threading.Event(),
         )
+        space = Space.parse({"optimizer.lr": {"uniform": [0.1, 0.2]}})
+        search = Search(space, "random", Budget(3), Objectives.of({"val_loss": "min"}))
+        run_search(context, search, Training(TrainConfig(epochs=1)))
 
     with ExitStack() as stack:
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "env_vars": {"NODES": str(wrote)}})

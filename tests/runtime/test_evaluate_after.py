@@ -236,11 +236,11 @@ def rows(tmp_path):
             reported.append(dict(row))
             return False
 
-        gate = Gate(tmp_path)
+        gate, train = Gate(tmp_path), TrainConfig(epochs=len(accuracies), **config)
         appraiser = Appraiser(
-            Appraisal(measure, compresses),
+            Appraisal(train, measure, compresses),
             report,
-            config=TrainConfig(epochs=len(accuracies), **config),
+            config=train,
             data={},
             compared_at=compared_at,
             gate=gate,

@@ -10,17 +10,18 @@ Without passes only what the model costs is measured, which its training does no
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from heliostat.runtime.gate import Gate
+from heliostat.core.paths import overlay
+from heliostat.runtime.gate import Gate, gate_of_this_node
+from heliostat.runtime.training import data_args_of
+from heliostat.runtime.work import Conditions, OnEpoch, Trial, Warn, one_process
 from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from heliostat.training.task import Data
-
-OnEpoch = Callable[[int, Mapping[str, float]], bool]
 
 
 class Measure(Protocol):
@@ -39,11 +40,50 @@ class Measure(Protocol):
 
 @dataclass(frozen=True)
 class Appraisal:
+    """Trainings of `train` with the trial's parameters laid over it, whose models are measured. One worker each."""
+
+    train: TrainConfig
     measure: Measure
     compresses: bool
     """Whether it makes another model of the trial's, with figures of its own on `val`."""
     code_references: tuple[str, ...] = ()
     """Of the user's code that only the passes use."""
+    each_once = False
+    judged_each_epoch = False
+
+    @property
+    def epochs(self) -> int:
+        return self.train.epochs
+
+    def data_args(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        return data_args_of(self.train, params)
+
+    def do(self, trial: Trial, conditions: Conditions, *, on_epoch: OnEpoch, warn: Warn) -> None:
+        config = overlay(self.train, trial.params)
+        with one_process(trial, conditions, *self.train.code_references, *self.code_references):
+            self._train(trial, conditions, config, on_epoch)
+
+    def _train(self, trial: Trial, conditions: Conditions, config: TrainConfig, on_epoch: OnEpoch) -> None:
+        import torch
+
+        from heliostat.training.run import run_training
+        from heliostat.training.world import World
+
+        data = conditions.data(config.data_args)
+        with gate_of_this_node() as gate, gate.at_work():
+            appraiser = Appraiser(
+                self, on_epoch, config=config, data=data, compared_at=conditions.compared_at, gate=gate
+            )
+            run_training(
+                conditions.task,
+                config,
+                world=World(0, 1, torch.device("cuda" if conditions.resources.gpus_per_worker else "cpu")),
+                seed=trial.seed,
+                data=data,
+                on_epoch=appraiser.epoch,
+                on_best=appraiser.best,
+                after_step=lambda model: gate.give_way(),
+            )
 
 
 class Appraiser:

@@ -1,11 +1,11 @@
-"""What a trial does in a search whose trials do not train by a config of their own: it makes a model, and measures it.
+"""Trials that do not train by a config of their own: each makes a model of another one, and measures it.
 
 Its outcome depends on nothing but its parameters, so no point is tried twice. It reports one row, as if it were one
 epoch.
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,7 +13,9 @@ from heliostat.core.identity import canonical_json
 from heliostat.core.objective import Costs
 from heliostat.core.space import Space
 from heliostat.runtime.engines import Engine
-from heliostat.runtime.gate import Gate
+from heliostat.runtime.gate import Gate, gate_of_this_node
+from heliostat.runtime.work import Conditions, OnEpoch, Trial, Warn, one_process
+from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from heliostat.training.task import Data
@@ -27,16 +29,31 @@ DRAWS = 200
 class Make(Protocol):
     """From parameters to figures. It is at work in `gate`, gives way in it now and then, and times its model alone."""
 
-    def __call__(
-        self, params: Mapping[str, Any], *, data: "Data", gate: Gate, warn: Callable[[str], None]
-    ) -> dict[str, float]: ...
+    def __call__(self, params: Mapping[str, Any], *, data: "Data", gate: Gate, warn: Warn) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True)
 class Making:
+    """The `make` of each trial's parameters, by one worker."""
+
+    recipe: TrainConfig
+    """How the model was trained that is made use of, which says what the data is."""
     make: Make
     code_references: tuple[str, ...] = ()
     """Of the user's code that only the making uses."""
+    each_once = True
+    judged_each_epoch = True
+    epochs = 1
+
+    def data_args(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.recipe.data_args
+
+    def do(self, trial: Trial, conditions: Conditions, *, on_epoch: OnEpoch, warn: Warn) -> None:
+        with one_process(trial, conditions, *self.recipe.code_references, *self.code_references):
+            data = conditions.data(self.recipe.data_args)
+            with gate_of_this_node() as gate, gate.at_work():
+                figures = self.make(trial.params, data=data, gate=gate, warn=warn)
+            on_epoch(1, figures)
 
 
 class Distinct:

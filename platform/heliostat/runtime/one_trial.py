@@ -1,17 +1,17 @@
-"""One trial of a search run again: the thread that trained it, in a worker of its own, without Tune or a journal."""
+"""One trial of a search run again: the thread that did its work, in a worker of its own, without Tune or a journal."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from heliostat.core.objective import Objectives
 from heliostat.errors import StageError
 from heliostat.runtime.failures import kind_of_failure
 from heliostat.runtime.hang import why_it_hung
 from heliostat.runtime.journal import Ended, Reported, Row, Standing, Status, Suggested, TrialRecord
+from heliostat.runtime.ledger import trial_seed
 from heliostat.runtime.tasks import run_task
-from heliostat.runtime.trial_actor import TrialRun, TrialWork
+from heliostat.runtime.trial_actor import TrialRun
+from heliostat.runtime.work import Conditions, Trial, Work
 from heliostat.training.phases import TIMES
 
 
@@ -50,32 +50,31 @@ def _what_happened(trial: TrialRecord) -> str:
     return repr((history, failure))  # in which what is not a number equals itself
 
 
-def run_again(work: TrialWork, then: TrialRecord, *, seed: int, objectives: Objectives) -> TrialRecord:
-    """Train with the trial's parameters and seed; to the epoch at which it was stopped, if it was.
+def run_again(work: Work, conditions: Conditions, then: TrialRecord, *, objectives: Objectives) -> TrialRecord:
+    """Do the trial's work with its parameters and seed; to the epoch at which it was stopped, if it was.
 
     A process that dies is started again as often as in the search.
     """
-    resources = work.resources
+    resources = conditions.resources
     alone = resources.workers_per_trial == 1  # the driver of several workers only waits for them
+    trial = Trial(then.id, dict(then.params), trial_seed(conditions.seed, then.id))
     stop_at = then.epochs if then.status == "stopped" else None
-    if work.appraisal is not None:  # at the same epochs as then
-        work = replace(work, rungs=tuple(epoch for epoch, row in then.history if work.metric in row))
+    judged_at = tuple(epoch for epoch, row in then.history if conditions.metric in row)  # be it now as it was then
     started = time.monotonic()
     rows: list[Row] = []
     try:
         rows, status, reason = run_task(
-            _train,
+            _do,
             work,
-            then.id,
-            dict(then.params),
-            seed,
+            replace(conditions, compared_at=judged_at),
+            trial,
             stop_at,
-            root=work.root,
+            root=conditions.root,
             held=resources.per_worker if alone else {"CPU": 0},
-            retries=work.retries,
+            retries=conditions.retries,
         )
     except StageError as error:  # its process died: what the user's code raises comes back as a reason
-        hung = why_it_hung(resources.hang_timeout_s, note=work.hang_note(then.id))
+        hung = why_it_hung(resources.hang_timeout_s, note=conditions.hang_note(then.id))
         status, reason = "failed", hung or str(error)
     standing = Standing()
     ended = Ended(then.id, status, reason, time.monotonic() - started)
@@ -84,10 +83,8 @@ def run_again(work: TrialWork, then: TrialRecord, *, seed: int, objectives: Obje
     return standing.ended[then.id]
 
 
-def _train(
-    work: TrialWork, trial: str, params: Mapping[str, Any], seed: int, stop_at: int | None
-) -> tuple[list[Row], Status, str | None]:
-    run = TrialRun(work, trial, params, seed, stop_at=stop_at)
+def _do(work: Work, conditions: Conditions, trial: Trial, stop_at: int | None) -> tuple[list[Row], Status, str | None]:
+    run = TrialRun(work, conditions, trial, stop_at=stop_at)
     rows: list[Row] = []
     while True:
         answer = run.answer()

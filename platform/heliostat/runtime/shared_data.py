@@ -10,7 +10,7 @@ import json
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -105,9 +105,13 @@ class DataProvider:
             internal_kv._internal_kv_del(name)
 
 
-def shared_data_of(context: StageContext, *, folder: Path) -> AbstractContextManager[DataProvider | None]:
-    """The data of a stage's trials, as `shared_data`."""
-    return shared_data(
+@contextmanager
+def shared_data(context: StageContext, *, folder: Path) -> Iterator[DataProvider | None]:
+    """A provider for the trials of a stage; None where the user's own loop reads its data. `folder` is theirs."""
+    if context.task.train_fn is not None:
+        yield None
+        return
+    provider = DataProvider(
         context.task,
         root=context.root,
         seed=context.seed,
@@ -115,17 +119,6 @@ def shared_data_of(context: StageContext, *, folder: Path) -> AbstractContextMan
         folder=folder,
         hang_timeout_s=context.resources.hang_timeout_s,
     )
-
-
-@contextmanager
-def shared_data(
-    task: Task, *, root: Path, seed: int, retries: int, folder: Path, hang_timeout_s: float
-) -> Iterator[DataProvider | None]:
-    """A provider for the trials of a search in `folder`; None where the user's own loop reads its data."""
-    if task.train_fn is not None:
-        yield None
-        return
-    provider = DataProvider(task, root=root, seed=seed, retries=retries, folder=folder, hang_timeout_s=hang_timeout_s)
     try:
         yield provider
     finally:

@@ -1,20 +1,11 @@
-"""Search: many short trainings, through Ray Tune.
-
-    engine (what to try next)  ->  Tune (where and when)  ->  trial actors (the training loop)
-                 ^                                                     |
-                 +------------ ledger: journal + reporter <------------+
-
-Tune keeps nothing that matters. A search resumes by leading a fresh engine and scheduler through the journal: trials
-that ended are not run again, and those under way begin anew, first, under the same ids and parameters.
-"""
+"""Trials through Ray Tune, in processes of the cluster: as many at once as fit, and as many as the ledger has."""
 
 import json
 import tempfile
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,131 +14,75 @@ from ray.tune.experiment import Trial
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from heliostat.core.capacity import amount
-from heliostat.core.objective import Objectives
-from heliostat.core.paths import overlay
-from heliostat.core.space import Space
-from heliostat.core.spec import Resources, Task
-from heliostat.core.stage import Reporter
-from heliostat.errors import ResourceError, StageError
-from heliostat.runtime.appraisal import Appraisal
-from heliostat.runtime.engines import Engine, engines
-from heliostat.runtime.failures import commonest
+from heliostat.core.spec import Resources
+from heliostat.errors import ResourceError
 from heliostat.runtime.hang import why_it_hung
-from heliostat.runtime.journal import Journal, TrialRecord
-from heliostat.runtime.ledger import Budget, Cause, Ledger
-from heliostat.runtime.making import Distinct, Making
-from heliostat.runtime.scheduling import Rung, Scheduler, Settings, make_scheduler, rung_table
+from heliostat.runtime.ledger import Ledger
+from heliostat.runtime.scheduling import Scheduler
 from heliostat.runtime.session import cluster_capacity
 from heliostat.runtime.shared_data import DataProvider
 from heliostat.runtime.tasks import why_it_died
-from heliostat.runtime.trial_actor import TrialActor, TrialWork
+from heliostat.runtime.trial_actor import TrialActor
 from heliostat.runtime.tune_mends import mend_tune
-from heliostat.training.config import TrainConfig
+from heliostat.runtime.work import Conditions, Work
 
 POLL_S = 0.1
 _registering = threading.Lock()
 """Tune's registry is one dictionary of the process, and searches may run side by side."""
 
 
-@dataclass(frozen=True)
-class SearchOutcome:
-    """What a search found out."""
-
-    trials: tuple[TrialRecord, ...]
-    """Every trial, in the order in which they were suggested."""
-    best: TrialRecord
-    """By the first objective, of equals in that by the next; within the limits."""
-    front: tuple[TrialRecord, ...]
-    """Those that no other is better than in one objective and as good as in all: the Pareto set, `best` among them."""
-    ended_by: Cause
-    rungs: tuple[Rung, ...] = ()
-    """Each epoch after which trials were compared, and the last one; empty without a scheduler."""
-
-
-def search(
-    task: Task,
+def run_trials(
+    work: Work,
+    conditions: Conditions,
+    ledger: Ledger,
     *,
-    space: Space,
-    algorithm: str,
-    budget: Budget,
-    train: TrainConfig,
-    objectives: Objectives,
-    scheduler: Settings | None,
-    seed: int,
-    resources: Resources,
-    root: Path,
-    folder: Path,
-    reporter: Reporter,
+    judge: Scheduler | None,
+    provider: DataProvider | None,
+    concurrent: int,
     cancel: threading.Event,
-    provider: DataProvider | None = None,
-    retries: int = 0,
-    folds: int | None = None,
-    appraisal: Appraisal | None = None,
-    start_from: Sequence[Mapping[str, Any]] = (),
-    earlier: Sequence[TrialRecord] = (),
-    making: Making | None = None,
-) -> SearchOutcome:
-    """The best of the trainings that the budget allows, each of `train` with parameters from `space` laid over it.
+) -> None:
+    """Run what the ledger has next, until it is over or has no more. Raises KeyboardInterrupt when `cancel` is set.
 
-    `folder` holds `journal.jsonl`; a search that was cut off goes on from there. With one trial at a time and a seed it
-    then makes the suggestions that it would have made uninterrupted. `retries` is how often a trial begins anew after
-    its process died; what the user's code raises is that trial's end. `provider` has the data built once for all;
-    without one each process builds its own. With `folds` a trial is cross-validated on parts of `train`, and its
-    figures are means; an `appraisal` gives it further ones. With a `making`, trials do that instead of training, each
-    point once. The engine learns from the trials `earlier`, of other searches, and the points of `start_from` are tried
-    first. Raises StageError when no trial succeeds within the limits, ResourceError when none can ever fit,
-    KeyboardInterrupt when `cancel` is set; the journal is intact then.
+    Tune is in a thread of its own: there it leaves signals alone, and this thread can be interrupted at once.
     """
-    metric, mode = objectives.first.metric, objectives.first.mode
-    concurrent = concurrent_trials(resources)
-    engine: Engine = engines()[algorithm].make(
-        space, num_objectives=len(objectives.ordered), seed=seed, trials=budget.trials
-    )
-    if making is not None:
-        engine = Distinct(engine, space, seed=seed)
-    judge = make_scheduler(scheduler, epochs=train.epochs, mode=mode) if scheduler else None
-    compared_at = judge.compared_at if judge else ()
-    journal = Journal(folder / "journal.jsonl")
-    try:
-        ledger = Ledger(
-            engine,
-            journal,
-            reporter,
-            budget=budget,
-            seed=seed,
-            objectives=objectives,
-            start_from=start_from,
-            earlier=earlier,
-        )
-        if not ledger.over:
-            if judge:
-                judge.remember(ledger.standing.ended.values(), metric=metric)
-            shared = provider.shared if provider else None
-            work = TrialWork(
-                task,
-                train,
-                folds,
-                seed,
-                metric,
-                compared_at,
-                root,
-                folder,
-                resources,
-                shared,
-                retries,
-                appraisal,
-                making,
+
+    def run() -> None:
+        mend_tune()
+        trainable = f"trials-{uuid.uuid4().hex}"
+        with _registering:
+            tune.register_trainable(trainable, type("Trials", (TrialActor,), {"work": work, "conditions": conditions}))
+        only_waits = {"memory": 1}  # for its workers, but Tune cannot ask Ray for nothing
+        resources = conditions.resources
+        held = resources.per_worker if resources.workers_per_trial == 1 else only_waits
+        with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
+            tune.run(
+                trainable,
+                name="search",
+                search_alg=ConcurrencyLimiter(_TuneSearcher(ledger, work, provider), max_concurrent=concurrent),
+                scheduler=judge,
+                num_samples=ledger.left,
+                max_failures=conditions.retries,  # of the trial's process: what the user's code raises is a result
+                resources_per_trial=tune.PlacementGroupFactory([held]),
+                reuse_actors=True,
+                stop=_Over(ledger, cancel),
+                callbacks=[_TuneCallback(ledger, judge, conditions)],
+                storage_path=scratch,
+                raise_on_failed_trial=False,
+                verbose=0,
             )
-            searcher = _TuneSearcher(ledger, provider, train)
-            _run_interruptibly(searcher, work, judge, concurrent=min(concurrent, ledger.left), cancel=cancel)
-        ended_by = ledger.over or "trials"  # a grid may have fewer points than there were trials to spend
-        ledger.end_open()
-    finally:
-        journal.close()
-    trials = sorted(ledger.standing.ended.values(), key=lambda trial: trial.id)
-    best, front = _choose(trials, objectives)
-    table = rung_table(trials, epochs=(*compared_at, train.epochs)) if judge else ()
-    return SearchOutcome(tuple(trials), best, front, ended_by, tuple(table))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="tune") as pool:
+        running = pool.submit(run)
+        try:
+            while not running.done():
+                cancel.wait(POLL_S)
+                if cancel.is_set():
+                    break
+        except KeyboardInterrupt:
+            cancel.set()
+        running.result()
+    if cancel.is_set() and not ledger.over:
+        raise KeyboardInterrupt
 
 
 def concurrent_trials(resources: Resources) -> int:
@@ -165,41 +100,16 @@ def concurrent_trials(resources: Resources) -> int:
     return min(fit, resources.max_concurrent_trials or fit)
 
 
-def _choose(trials: Sequence[TrialRecord], objectives: Objectives) -> tuple[TrialRecord, tuple[TrialRecord, ...]]:
-    """The best of the trials, and the front. Raises StageError when none was judged, or is within the limits."""
-    by_id = {trial.id: trial for trial in trials}
-    good = {trial.id: trial.metrics for trial in trials if trial.was_judged}
-    if not good:
-        how = "failed" if all(trial.status == "failed" for trial in trials) else "failed or were stopped unjudged"
-        raise StageError(f"all {len(trials)} trials {how}\n{commonest(trial.reason or '' for trial in trials)}")
-    best = objectives.best(good)
-    if best is None:
-        closest = by_id[objectives.closest(good)]
-        figures = ", ".join(f"{limit.metric} {closest.metrics[limit.metric]:.4g}" for limit in objectives.limits)
-        raise StageError(
-            f"none of {len(good)} trials is within the limits: {', '.join(map(str, objectives.limits))}; "
-            f"the closest is {closest.id}, with {figures}: {json.dumps(closest.params)}"
-        )
-    return by_id[best], tuple(by_id[trial] for trial in objectives.front(good))
-
-
-def data_args_of(train: TrainConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the data function will be given, whatever else of the parameters makes a train config or does not."""
-    mine = {path: value for path, value in params.items() if path.startswith("data_args.")}
-    return overlay(TrainConfig(data_args=train.data_args), mine).data_args
-
-
 class _TuneSearcher(Searcher):  # type: ignore[misc]
     """Tune asks here for parameters. Outcomes reach the ledger through the callback, which sees how a trial ended."""
 
-    def __init__(self, ledger: Ledger, provider: DataProvider | None, train: TrainConfig) -> None:
+    def __init__(self, ledger: Ledger, work: Work, provider: DataProvider | None) -> None:
         super().__init__()
-        self.ledger = ledger
-        self._provider, self._train = provider, train
+        self._ledger, self._work, self._provider = ledger, work, provider
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        if (trial := self.ledger.next()) and self._provider:
-            self._provider.provide(data_args_of(self._train, json.loads(trial["params"])))
+        if (trial := self._ledger.next()) and self._provider:
+            self._provider.provide(self._work.data_args(json.loads(trial["params"])))
         return trial or Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -212,8 +122,8 @@ class _TuneSearcher(Searcher):  # type: ignore[misc]
 class _TuneCallback(tune.Callback):  # type: ignore[misc]
     """Tells the ledger, and leaves little of a trial behind: Tune holds every trial until the search ends."""
 
-    def __init__(self, ledger: Ledger, judge: Scheduler | None, work: TrialWork) -> None:
-        self._ledger, self._judge, self._work = ledger, judge, work
+    def __init__(self, ledger: Ledger, judge: Scheduler | None, conditions: Conditions) -> None:
+        self._ledger, self._judge, self._conditions = ledger, judge, conditions
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -238,8 +148,8 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
         self._ledger.ended(trial.config["trial"], "failed", self._why_lost(trial))
 
     def _why_lost(self, trial: Trial) -> str:
-        note = self._work.hang_note(trial.config["trial"])
-        return why_it_hung(self._work.resources.hang_timeout_s, note=note) or _why_lost(trial)
+        note = self._conditions.hang_note(trial.config["trial"])
+        return why_it_hung(self._conditions.resources.hang_timeout_s, note=note) or _why_lost(trial)
 
 
 def _why_lost(trial: Trial) -> str:
@@ -247,24 +157,6 @@ def _why_lost(trial: Trial) -> str:
     if trial.pickled_error_file:
         return why_it_died(cloudpickle.loads(Path(trial.pickled_error_file).read_bytes()))
     return Path(trial.error_file).read_text()  # it could not even be started
-
-
-def _run_interruptibly(
-    searcher: _TuneSearcher, work: TrialWork, judge: Scheduler | None, *, concurrent: int, cancel: threading.Event
-) -> None:
-    """Tune in a thread of its own: there it leaves signals alone, and this thread can be interrupted at once."""
-    with ThreadPoolExecutor(1, thread_name_prefix="tune") as pool:
-        running = pool.submit(_run_tune, searcher, work, judge, concurrent=concurrent, cancel=cancel)
-        try:
-            while not running.done():
-                cancel.wait(POLL_S)
-                if cancel.is_set():
-                    break
-        except KeyboardInterrupt:
-            cancel.set()
-        running.result()
-    if cancel.is_set() and not searcher.ledger.over:
-        raise KeyboardInterrupt
 
 
 class _Over(tune.Stopper):  # type: ignore[misc]
@@ -281,31 +173,3 @@ class _Over(tune.Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         return self._cancel.is_set() or self._ledger.over is not None
-
-
-def _run_tune(
-    searcher: _TuneSearcher, work: TrialWork, judge: Scheduler | None, *, concurrent: int, cancel: threading.Event
-) -> None:
-    mend_tune()
-    ledger = searcher.ledger
-    trainable = f"trials-{uuid.uuid4().hex}"
-    with _registering:
-        tune.register_trainable(trainable, type("Trials", (TrialActor,), {"work": work}))
-    only_waits = {"memory": 1}  # for its workers, but Tune cannot ask Ray for nothing
-    held = work.resources.per_worker if work.resources.workers_per_trial == 1 else only_waits
-    with tempfile.TemporaryDirectory(prefix="tune-", ignore_cleanup_errors=True) as scratch:
-        tune.run(
-            trainable,
-            name="search",
-            search_alg=ConcurrencyLimiter(searcher, max_concurrent=concurrent),
-            scheduler=judge,
-            num_samples=ledger.left,
-            max_failures=work.retries,  # of the trial's process: what the user's code raises is a result
-            resources_per_trial=tune.PlacementGroupFactory([held]),
-            reuse_actors=True,
-            stop=_Over(ledger, cancel),
-            callbacks=[_TuneCallback(ledger, judge, work)],
-            storage_path=scratch,
-            raise_on_failed_trial=False,
-            verbose=0,
-        )

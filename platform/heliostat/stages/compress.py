@@ -37,7 +37,8 @@ from heliostat.stages.tune_config import COSTS
 if TYPE_CHECKING:
     from heliostat.compression.pareto import Choice
     from heliostat.runtime.journal import TrialRecord
-    from heliostat.runtime.trials import SearchOutcome
+    from heliostat.runtime.making import Making
+    from heliostat.runtime.search import SearchOutcome
 
 __all__ = ["CompressConfig", "compress"]
 
@@ -158,15 +159,22 @@ def _objectives(config: CompressConfig, source: Artifact, modes: Mapping[str, Mo
 
 def _search(context: StageContext, config: CompressConfig, source: Artifact, objectives: Objectives) -> "SearchOutcome":
     from heliostat.runtime.ledger import Budget
-    from heliostat.runtime.making import Making
-    from heliostat.runtime.shared_data import shared_data_of
-    from heliostat.runtime.trials import search
-    from heliostat.stages.measure import recipe_of
+    from heliostat.runtime.search import Search, run_search
 
     context.shelf.mkdir(parents=True, exist_ok=True)
     if not any(context.folder.iterdir()):
         _forget_failures(context.shelf)
-    recipe = recipe_of(source.record.params)
+    algorithm, trials = config.method
+    budget = Budget(trials, config.wall_time_s)
+    search = Search(config.space, algorithm, budget, objectives, start_from=[config.untouched])
+    return run_search(context, search, _work_of(context, config, source))
+
+
+def _work_of(context: StageContext, config: CompressConfig, source: Artifact) -> "Making":
+    """What a trial does: make one chain, and measure what comes of it."""
+    from heliostat.runtime.making import Making
+    from heliostat.stages.measure import recipe_of
+
     make = partial(
         _explore,
         config=config,
@@ -176,30 +184,7 @@ def _search(context: StageContext, config: CompressConfig, source: Artifact, obj
         root=context.root,
         seed=context.seed,
     )
-    algorithm, trials = config.method
-    assert context.cancel is not None
-    with shared_data_of(context, folder=context.folder) as provider:
-        if provider:
-            provider.provide(recipe.data_args)  # at once: it is built while this process imports Ray Tune
-        return search(
-            context.task,
-            space=config.space,
-            algorithm=algorithm,
-            budget=Budget(trials, config.wall_time_s),
-            train=recipe,
-            objectives=objectives,
-            scheduler=None,
-            seed=context.seed,
-            resources=context.resources,
-            root=context.root,
-            folder=context.folder,
-            reporter=context.reporter,
-            cancel=context.cancel,
-            provider=provider,
-            retries=context.retries,
-            start_from=[config.untouched],
-            making=Making(make, config.code_references),
-        )
+    return Making(recipe_of(source.record.params), make, config.code_references)
 
 
 def _forget_failures(shelf: Path) -> None:

@@ -12,6 +12,7 @@ from heliostat.core.stage import ConfigView, StageContext, find_kind
 from heliostat.stages.checks import UNTRAINABLE
 from heliostat.stages.prune import PruneConfig
 from heliostat.stages.quantize import QuantizeConfig
+from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,15 +73,12 @@ def epochs_of(passes: Sequence[PassConfig]) -> int:
     return sum(find_kind(uses).workload(config).get("epochs", 0) for uses, config in steps)
 
 
-def appraisal_of(context: StageContext, *, passes: Sequence[PassConfig], costs: Sequence[str]) -> "Appraisal | None":
-    """What the trials of a search are measured for, where that is more than the figures of their epochs.
-
-    What the user's own loop reports, costs included, is all that is known of its trials.
-    """
+def appraisal_of(
+    context: StageContext, train: TrainConfig, *, passes: Sequence[PassConfig], costs: Sequence[str]
+) -> "Appraisal":
+    """What the trials of a search do that are measured for more than the figures of their epochs."""
     from heliostat.runtime.appraisal import Appraisal
 
-    if context.task.train_fn is not None or not (passes or costs):
-        return None
     measure = partial(
         _measure,
         task=context.task,
@@ -89,7 +87,7 @@ def appraisal_of(context: StageContext, *, passes: Sequence[PassConfig], costs: 
         passes=tuple(passes),
         timed="latency_ms" in costs,
     )
-    return Appraisal(measure, compresses=bool(passes), code_references=references_of(passes))
+    return Appraisal(train, measure, compresses=bool(passes), code_references=references_of(passes))
 
 
 def _measure(weights: "dict[str, Tensor]", **settings: Any) -> dict[str, float]:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 from heliostat.core.spec import Task
 from heliostat.core.stage import StageContext
 from heliostat.errors import SpecError, nearest
-from heliostat.stages.evaluate_after import appraisal_of
-from heliostat.stages.tune import objectives_of
+from heliostat.stages.tune import objectives_of, work_of
 from heliostat.stages.tune_config import TuneConfig
 
 if TYPE_CHECKING:
@@ -38,34 +37,21 @@ def rerun(context: StageContext, config: TuneConfig, then: "TrialRecord") -> "Re
 
     `context.folder` is the search's own, which stays as it is. Raises ResourceError where the trial cannot fit.
     """
-    from heliostat.runtime.ledger import trial_seed
     from heliostat.runtime.one_trial import Rerun, run_again
-    from heliostat.runtime.shared_data import shared_data_of
-    from heliostat.runtime.trial_actor import TrialWork
-    from heliostat.runtime.trials import concurrent_trials, data_args_of
+    from heliostat.runtime.shared_data import shared_data
+    from heliostat.runtime.trials import concurrent_trials
+    from heliostat.runtime.work import Conditions
 
-    objectives = objectives_of(config, context.task.metric_modes)
+    objectives, work = objectives_of(config, context.task.metric_modes), work_of(context, config)
     concurrent_trials(context.resources)
     where_all_machines_see_it = context.folder.parent
     with (
         tempfile.TemporaryDirectory(prefix=".rerun-", dir=where_all_machines_see_it) as scratch,
-        shared_data_of(context, folder=Path(scratch)) as provider,
+        shared_data(context, folder=Path(scratch)) as provider,
     ):
         if provider:
-            provider.provide(data_args_of(config.train, then.params))
-        work = TrialWork(
-            task=context.task,
-            train=config.train,
-            folds=config.folds,
-            fold_seed=context.seed,
-            metric=objectives.first.metric,
-            rungs=(),
-            root=context.root,
-            folder=Path(scratch),
-            resources=context.resources,
-            data=provider.shared if provider else None,
-            retries=context.retries,
-            appraisal=appraisal_of(context, passes=config.evaluate_after, costs=tuple(config.costs)),
-        )
-        now = run_again(work, then, seed=trial_seed(context.seed, then.id), objectives=objectives)
+            provider.provide(work.data_args(then.params))
+        shared = provider.shared if provider else None
+        conditions = Conditions.of(context, folder=Path(scratch), metric=objectives.first.metric, shared=shared)
+        now = run_again(work, conditions, then, objectives=objectives)
     return Rerun(context.node, then, now)

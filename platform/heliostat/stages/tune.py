@@ -34,8 +34,7 @@ from heliostat.training.config import TrainConfig
 if TYPE_CHECKING:
     from heliostat.runtime.journal import TrialRecord
     from heliostat.runtime.scheduling import Settings
-    from heliostat.runtime.shared_data import DataProvider
-    from heliostat.runtime.trials import SearchOutcome
+    from heliostat.runtime.work import Work
 
 __all__ = ["TuneConfig", "tune"]
 
@@ -209,15 +208,21 @@ def _at_once_here(resources: Resources) -> int:
 )
 def tune(context: StageContext, config: TuneConfig) -> StageResult:
     """Search. Each trial is one training of `config.train` with the parameters of the trial laid over it."""
-    from heliostat.runtime.shared_data import shared_data_of
+    from heliostat.runtime.ledger import Budget
+    from heliostat.runtime.search import Search, run_search
 
-    with shared_data_of(context, folder=context.folder) as provider:
-        if provider and not any(path.startswith("data_args.") for path in config.searched):
-            provider.provide(config.train.data_args)  # at once: it is built while this process imports Ray Tune
-        objectives = objectives_of(config, context.task.metric_modes)
-        earlier = _earlier(context, config, objectives)
-        outcome = _search(context, config, objectives, earlier, provider)
-    algorithm, _, reason = config.method
+    algorithm, trials, reason = config.method
+    objectives, earlier = objectives_of(config, context.task.metric_modes), _earlier(context, config)
+    search = Search(
+        Space.parse(config.space),
+        algorithm,
+        Budget(trials, config.wall_time_s, _bounds(config.stop_when, context.task.metric_modes)),
+        objectives,
+        scheduler=_settings(config.scheduler) if config.scheduler else None,
+        start_from=_first(context, config),
+        earlier=earlier,
+    )
+    outcome = run_search(context, search, work_of(context, config))
     states = [trial.status for trial in outcome.trials]
     write_trials(context.folder, outcome.trials)
     return StageResult(
@@ -241,43 +246,20 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
     )
 
 
-def _search(
-    context: StageContext,
-    config: TuneConfig,
-    objectives: Objectives,
-    earlier: "Sequence[TrialRecord]",
-    provider: "DataProvider | None",
-) -> "SearchOutcome":
-    from heliostat.runtime.ledger import Budget
-    from heliostat.runtime.trials import search
+def work_of(context: StageContext, config: TuneConfig) -> "Work":
+    """What a trial does: train, and be measured besides where the figures of its epochs are not all that is asked for.
 
-    algorithm, trials, _ = config.method
-    assert context.cancel is not None
-    return search(
-        context.task,
-        space=Space.parse(config.space),
-        algorithm=algorithm,
-        budget=Budget(trials, config.wall_time_s, _bounds(config.stop_when, context.task.metric_modes)),
-        train=config.train,
-        objectives=objectives,
-        scheduler=_settings(config.scheduler) if config.scheduler else None,
-        seed=context.seed,
-        resources=context.resources,
-        root=context.root,
-        folder=context.folder,
-        reporter=context.reporter,
-        cancel=context.cancel,
-        provider=provider,
-        retries=context.retries,
-        folds=config.folds,
-        appraisal=appraisal_of(context, passes=config.evaluate_after, costs=tuple(config.costs)),
-        start_from=_first(context, config),
-        earlier=earlier,
-    )
+    What the user's own loop reports, costs included, is all that is known of its trials.
+    """
+    from heliostat.runtime.training import Training
+
+    if context.task.train_fn is None and (config.evaluate_after or config.costs):
+        return appraisal_of(context, config.train, passes=config.evaluate_after, costs=tuple(config.costs))
+    return Training(config.train, config.folds)
 
 
-def _earlier(context: StageContext, config: TuneConfig, objectives: Objectives) -> "tuple[TrialRecord, ...]":
-    space = Space.parse(config.space)
+def _earlier(context: StageContext, config: TuneConfig) -> "tuple[TrialRecord, ...]":
+    space, objectives = Space.parse(config.space), objectives_of(config, context.task.metric_modes)
     searches = [
         lessons_of(stated, root=context.root, space=space, objectives=objectives) for stated in config.earlier.values()
     ]
