@@ -16,6 +16,7 @@ from heliostat.core.stage import StageContext
 from heliostat.errors import StageError
 from heliostat.runtime.appraisal import Appraisal, Appraiser
 from heliostat.runtime.gate import Gate
+from heliostat.runtime.journal import Journal
 from heliostat.runtime.ledger import trial_seed
 from heliostat.stages.measure import measure_quality
 from heliostat.stages.models import fine_tune, save_trained
@@ -181,6 +182,18 @@ def test_a_trial_that_the_end_of_the_search_stops_before_its_first_judged_epoch_
     with pytest.raises(StageError, match="all 1 trials failed or were stopped unjudged"):
         tune(context("search"), search(NARROW, evaluate_after=[INT8], **early))
     assert reporter.ended == {"0001": ("stopped", "the search ended before an epoch of it reported val_accuracy")}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_when_its_time_is_over_the_best_judged_trial_goes_on_and_one_under_way_is_stopped_unjudged(
+    context, reporter, monkeypatch
+):
+    monkeypatch.setattr(Journal, "spent_s", property(lambda journal: 1e9 if "0002" in reporter.rows else 0.0))
+    space = {"epochs": {"grid": [1, 100_000]}}
+    found = tune(context("search"), search(evaluate_after=[INT8], space=space, wall_time_s=60))
+    assert (found.details["ended_by"], found.details["best_trial"]) == ("wall time", "0001")
+    unjudged = ("stopped", "the search ended before an epoch of it reported val_accuracy")
+    assert reporter.ended == {"0001": ("done", None), "0002": unjudged}
 
 
 @pytest.mark.slow
