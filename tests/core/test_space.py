@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from heliostat.core.points import numbers_at
+from heliostat.core.points import numbers_at, why_apart
+from heliostat.core.probes import probes
 from heliostat.core.space import (
     Choice,
     Constant,
@@ -89,6 +90,34 @@ def test_the_steps_of_a_range_are_as_one_would_write_them():
     assert [point["a"] for point in parse(a={"quniform": [0.1, 0.75, 0.2]}).grid()] == [0.1, 0.3, 0.5, 0.7]
     assert [point["a"] for point in parse(a={"quniform": [0, 1, 0.1]}).grid()] == [k / 10 for k in range(11)]
     assert parse(a={"quniform": [0, 1, 1e-15]}).size() == 10**15 + 1  # and none of them is made before it is drawn
+
+
+def test_the_ends_of_every_dimension_are_tried_on_a_config():
+    tried = [point["a"] for point in probes(parse(a={"quniform": [0, 1, 0.25]}), random.Random(0))]
+    assert tried[:2] == [0.0, 1.0]
+    assert [point["a"] for point in probes(parse(a={"randint": [2, 5]}), random.Random(0))][:2] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "why"),
+    [
+        ({"uniform": [0, 1]}, {"loguniform": [0.9, 3]}, None),
+        ({"uniform": [0, 1]}, {"randint": [2, 9]}, "a: no value is in both spaces"),
+        ({"quniform": [0, 1, 0.5]}, {"choice": [0.25, 0.5]}, None),
+        ({"quniform": [0, 1, 0.5]}, {"choice": [0.25, 0.75]}, "a: no value is in both spaces"),
+        ({"choice": ["adam", "sgd"]}, "adam", None),
+        ({"normal": [0, 1]}, 7.0, None),
+        ({"choice": [{"value": 1, "space": {"b": 2}}, 3]}, {"randint": [1, 2]}, None),
+    ],
+)
+def test_spaces_are_apart_where_no_point_can_lie_in_both(one, other, why):
+    assert why_apart(parse(a=one), parse(a=other)) == why_apart(parse(a=other), parse(a=one)) == why
+
+
+def test_spaces_with_other_parameters_are_apart_unless_an_option_opens_them():
+    opened = parse(a={"choice": [{"value": 1, "space": {"b": {"uniform": [0, 1]}}}]})
+    assert why_apart(opened, parse(a=1, b=0.5)) is None
+    assert why_apart(parse(a=1), parse(a=1, bb=2)) == "bb: not in both spaces; known: a"
 
 
 def test_whole_numbers_on_a_logarithmic_scale_have_each_magnitude_as_often():

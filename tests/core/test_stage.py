@@ -153,6 +153,7 @@ def test_a_stage_must_be_found_again_by_name():
         ("model", Slot("model")),
         ("params?", Slot("params", optional=True)),
         ("model*", Slot("model", many=True)),
+        ("params*?", Slot("params", optional=True, many=True)),
     ],
 )
 def test_a_slot_is_written_as_its_kind_and_how_many(text, slot):

@@ -3,6 +3,7 @@ import threading
 
 import pytest
 
+from heliostat.core.artifact import Artifact, Record
 from heliostat.core.spec import Resources
 from heliostat.core.stage import StageContext
 from heliostat.stages.tune import TuneConfig, tune
@@ -17,7 +18,7 @@ GIVEN = [{"optimizer.lr": 0.05, "model_args.width": 8}, {"optimizer.lr": 0.002, 
 def context(task, root, tmp_path, reporter):
     """What the stage is given, with a new folder of that name."""
 
-    def make(name):
+    def make(name, **inputs):
         (tmp_path / name).mkdir()
         return StageContext(
             node=name,
@@ -26,7 +27,7 @@ def context(task, root, tmp_path, reporter):
             task=task,
             seed=0,
             resources=Resources(max_concurrent_trials=1),
-            inputs={},
+            inputs=inputs,
             reporter=reporter,
             cancel=threading.Event(),
         )
@@ -59,6 +60,25 @@ def test_a_search_learns_from_the_trials_of_an_earlier_one_and_runs_none_of_them
     tried, then = (json.loads((given.folder / "trials.json").read_text()) for given in (warm, before))
     assert [trial["id"] for trial in tried] == ["0001", "0002"]
     assert not [trial for trial in tried if trial["params"] in [other["params"] for other in then]]
+
+    fields = dict.fromkeys(["pipeline", "node", "stage", "uses", "fingerprint"], "before")
+    in_the_slot = context("slot", start_from=(Artifact(before.folder, Record(kind="params", identity={}, **fields)),))
+    tune(in_the_slot, TuneConfig.model_validate({**config, "algorithm": "bayesian", "trials": 2}))
+    same = json.loads((in_the_slot.folder / "trials.json").read_text())
+    assert [trial["params"] for trial in same] == [trial["params"] for trial in tried]
+
+
+def test_a_narrow_search_of_which_no_earlier_trial_lies_in_the_space_says_so_and_goes_on(context, reporter):
+    config = {"space": SPACE, "train": {"epochs": 1, "batch_size": 16}, "algorithm": "bayesian", "trials": 1}
+    before = context("before")
+    tune(before, TuneConfig.model_validate(config))
+    fields = dict.fromkeys(["pipeline", "node", "stage", "uses", "fingerprint"], "before")
+    artifact = Artifact(before.folder, Record(kind="params", identity={}, **fields))
+    narrow = {**config, "space": {**SPACE, "optimizer.lr": {"uniform": [0.05, 0.0501]}}}
+    found = tune(context("narrow", start_from=(artifact,)), TuneConfig.model_validate(narrow))
+    assert found.details["trials"]["done"] == 1
+    (warning,) = reporter.warnings
+    assert warning.startswith("nothing to learn from before: 0 of 1, 1 outside the space; trial 0001: optimizer.lr: ")
 
 
 def test_a_search_that_learns_first_tries_what_the_file_would_train_with(context):

@@ -175,3 +175,65 @@ def test_a_faulty_entry_is_refused(earlier, planned, entry, expected):
     with pytest.raises(SpecError) as refused:
         planned([entry])
     assert expected in str(refused.value)
+
+
+# --- a search of the same file ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def taught(toy):
+    """The plan of a narrow search that learns from a wide one, and from whatever else is named."""
+
+    def make(*names, wide=SPACE, **config):
+        document = toy.document
+        narrow = {"space": {**SPACE, "optimizer.lr": {"loguniform": [1e-2, 2e-2]}}, **config}
+        document["stages"] = [
+            {"name": "wide", "uses": "tune", "config": {"space": wide, "algorithm": "random"}},
+            {"name": "train", "uses": "train", "config": {"epochs": 1}},
+            {"name": "narrow", "uses": "tune", "inputs": {"start_from": list(names)}, "config": narrow},
+        ]
+        return plan(load_pipeline(toy.write(document)))
+
+    return make
+
+
+def test_a_search_of_the_same_file_teaches_the_next_one_and_is_part_of_what_that_is(taught):
+    planned = taught("wide")
+    narrow = planned.node("narrow")
+    assert [node.name for node in narrow.inputs["start_from"]] == ["wide"]
+    assert narrow.explained["start_from"].startswith("learns from the trials of the search before it")
+    assert narrow.explained["algorithm"] == "bayesian, there are earlier trials to learn from"
+    assert "first trial" not in narrow.explained
+    wider = taught("wide", wide={**SPACE, "optimizer.lr": {"loguniform": [1e-4, 1e-1]}})
+    assert wider.node("narrow").fingerprint != narrow.fingerprint
+    assert wider.node("train").fingerprint == planned.node("train").fingerprint
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "expected"),
+    [
+        (["wid"], {}, "stages[2] (narrow).inputs.start_from: the stage 'wid' does not exist; did you mean 'wide'?"),
+        (["train"], {}, "inputs.start_from: 'train' makes 'model', but the input takes 'params'"),
+        (["wide"], {"algorithm": "random"}, "inputs.start_from: random (as asked) learns from no trials; what does: "),
+        (
+            ["wide"],
+            {"space": {"optimizer.lr": {"choice": [0.01]}, "model_args.width": {"choice": [8]}}},
+            "inputs.start_from: grid (the space has only 1 points) learns from no trials",
+        ),
+        (
+            ["wide"],
+            {"wide": {**SPACE, "optimizer.lr": {"loguniform": [1e-4, 1e-3]}}},
+            "inputs.start_from: no trial of that search can lie in the space of this one: "
+            "optimizer.lr: no value is in both spaces",
+        ),
+        (
+            ["wide"],
+            {"wide": {**SPACE, "batch_size": {"choice": [4, 8]}}},
+            "space of this one: batch_size: not in both spaces",
+        ),
+    ],
+)
+def test_what_can_teach_nothing_is_refused(taught, names, config, expected):
+    with pytest.raises(SpecError) as refused:
+        taught(*names, **config)
+    assert expected in str(refused.value)

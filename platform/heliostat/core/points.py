@@ -1,11 +1,24 @@
 """From a point of a space back to what an engine would have drawn for it."""
 
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
 
 from heliostat.core.identity import canonical_json
-from heliostat.core.space import Choice, Constant, Dimension, Grid, QUniform, Space, Varied
+from heliostat.core.space import (
+    Choice,
+    Constant,
+    Dimension,
+    Grid,
+    LogRandInt,
+    LogUniform,
+    QUniform,
+    RandInt,
+    Space,
+    Uniform,
+    Varied,
+)
 from heliostat.errors import SpecError, nearest
 
 
@@ -36,6 +49,37 @@ def point_near(space: Space, values: Mapping[str, Any], rng: random.Random) -> d
 
     point = space.point(number)
     return point if met else None
+
+
+def why_apart(one: Space, other: Space) -> str | None:
+    """Why no point of one space can lie in the other as well; None where one may.
+
+    Of a dimension that only some options open, nothing but its path is looked at.
+    """
+    for space, beside in ((one, other), (other, one)):
+        if lone := next((path for path in space.dimensions if path not in beside.paths()), None):
+            return f"{lone}: not in both spaces{nearest(lone, beside.paths())}"
+    shared = [path for path in one.dimensions if path in other.dimensions]
+    apart = next((path for path in shared if not _may_meet(one.dimensions[path], other.dimensions[path])), None)
+    return f"{apart}: no value is in both spaces" if apart else None
+
+
+def _may_meet(one: Dimension, other: Dimension) -> bool:
+    for listed, beside in ((one, other), (other, one)):
+        if isinstance(listed, Choice | Grid | Constant):
+            values = [listed.value] if isinstance(listed, Constant) else [option.value for option in listed.options]
+            return any(_number(beside, value) is not None for value in values)
+    (low, high), (lowest, highest) = _ends(one), _ends(other)
+    return max(low, lowest) <= min(high, highest)
+
+
+def _ends(dimension: Dimension) -> tuple[float, float]:
+    match dimension:
+        case Uniform(low, high) | LogUniform(low, high) | QUniform(low, high):
+            return low, high
+        case RandInt(low, end) | LogRandInt(low, end):
+            return low, end - 1
+    return -math.inf, math.inf
 
 
 def _numbers(space: Space, point: Mapping[str, Any], prefix: str) -> dict[str, tuple[Varied, Any]]:

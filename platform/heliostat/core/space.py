@@ -119,9 +119,9 @@ class _Steps(Sequence[float]):
         return int((self.high - self.low) / self.step) + 1
 
     def __getitem__(self, place: Any) -> Any:
-        if not 0 <= place < len(self):
+        if not -len(self) <= place < len(self):
             raise IndexError(place)
-        return float(self.low + place * self.step)
+        return float(self.low + place % len(self) * self.step)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 `@stage("quantize", inputs={"model": "model"}, output="model")` over `def quantize(context, config) -> StageResult`
 registers it, and nothing else happens at import. A slot's kind may end in `?` (the input may be left out) or `*`
-(the slot gathers every variant of every stage that it names; any other slot makes one node per variant).
+(the slot gathers every variant of every stage that it names; any other slot makes one node per variant), or in both.
 """
 
 import sys
@@ -134,7 +134,7 @@ class Slot:
 
     @staticmethod
     def parse(text: str) -> "Slot":
-        return Slot(text.rstrip("?*"), optional=text.endswith("?"), many=text.endswith("*"))
+        return Slot(text.rstrip("?*"), optional="?" in text, many="*" in text)
 
 
 @dataclass(frozen=True)

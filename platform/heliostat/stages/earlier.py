@@ -1,7 +1,8 @@
-"""`start_from: [{trials: PATH}]`: what a search learns from the trials of an earlier one before its first suggestion.
+"""What a search learns from the trials of an earlier one before its first suggestion.
 
-They teach the engine and have no other part in the search: none of them runs again, counts as one of its trials or can
-be the best of it.
+That is the search at a path, `start_from: [{trials: PATH}]`, or a stage of the same file in the slot `start_from`. Its
+trials teach the engine and have no other part: none of them runs again, counts as a trial of the new search or can be
+the best of it.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from heliostat.runtime.journal import TrialRecord
 
 JOURNAL, TABLE = "journal.jsonl", "trials.json"
+SLOT = "start_from"
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Lessons:
     trials: tuple["TrialRecord", ...]
     left_out: Mapping[str, int]
     """How many of the others had failed, lie outside the space, and so on."""
+    first_problem: str = ""
+    """Of those that do not fit."""
 
     def __str__(self) -> str:
         others = "".join(f", {number} {why}" for why, number in self.left_out.items())
@@ -43,21 +47,27 @@ def lessons_of(stated: str, *, root: Path, space: Space, objectives: Objectives)
     """
     file = find_file(stated, root)
     try:
-        ended = list(_ended_trials(file, objectives))
+        lessons = lessons_in(file, space=space, objectives=objectives)
     except (ValueError, KeyError, TypeError) as error:
         raise SpecError(f"{stated!r}: {file.name} is not what a search writes: {error!r}") from error
+    if not lessons.trials:
+        sums = ", ".join(f"{number} {why}" for why, number in lessons.left_out.items()) or "no trial of it has ended"
+        first = f"; {lessons.first_problem}" if lessons.first_problem else ""
+        raise SpecError(f"{stated!r}: nothing to learn from it: {sums}{first}")
+    return lessons
+
+
+def lessons_in(file: Path, *, space: Space, objectives: Objectives) -> Lessons:
+    """What the ended trials in a journal or a table teach, which may be nothing."""
     useful, left_out, first = [], Counter[str](), ""
-    for trial in ended:
+    for trial in _ended_trials(file, objectives):
         if problem := _why_useless(trial, space, objectives):
             why, what = problem
             left_out[why] += 1
             first = first or what
         else:
             useful.append(trial)
-    if not useful:
-        sums = ", ".join(f"{number} {why}" for why, number in left_out.items()) or "no trial of it has ended"
-        raise SpecError(f"{stated!r}: nothing to learn from it: {sums}{first and f'; {first}'}")
-    return Lessons(tuple(useful), left_out)
+    return Lessons(tuple(useful), left_out, first)
 
 
 def digest_of(stated: str, *, root: Path) -> str:

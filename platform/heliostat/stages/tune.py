@@ -9,14 +9,14 @@ from heliostat.core.capacity import Need
 from heliostat.core.imports import resolve, use_root
 from heliostat.core.objective import Bound, Mode, Objective, Objectives
 from heliostat.core.paths import overlay, why_not_a_path
-from heliostat.core.points import numbers_at, point_near
+from heliostat.core.points import numbers_at, point_near, why_apart
 from heliostat.core.probes import probes
 from heliostat.core.space import Space
 from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.errors import SpecError, nearest
 from heliostat.stages.checks import check_arguments, check_loop, check_metric, check_searched
-from heliostat.stages.earlier import digest_of, lessons_of
+from heliostat.stages.earlier import JOURNAL, SLOT, digest_of, lessons_in, lessons_of
 from heliostat.stages.evaluate_after import appraisal_of, check_appraised, check_passes
 from heliostat.stages.first_point import known_values
 from heliostat.stages.trials_file import write_trials
@@ -58,6 +58,7 @@ def _check(config: TuneConfig, view: ConfigView) -> Iterator[str]:
     if config.exhaustive:
         yield from _check_grid(config, space)
     yield from _check_start(config, space, view)
+    yield from _check_teachers(config, space, view)
     yield from _check_objectives(config, view)
     yield from check_passes(config.evaluate_after, view)
     asking = ["config.evaluate_after"] if config.evaluate_after else []
@@ -86,7 +87,6 @@ def _check_grid(config: TuneConfig, space: Space) -> Iterator[str]:
 
 
 def _check_start(config: TuneConfig, space: Space, view: ConfigView) -> Iterator[str]:
-    from heliostat.runtime.engines import engines
 
     known = [*space.paths(), TRIALS]
     for index, entry in enumerate(config.start_from):
@@ -103,12 +103,31 @@ def _check_start(config: TuneConfig, space: Space, view: ConfigView) -> Iterator
             yield f"{place}.{error}"
     for place, stated in config.earlier.items():
         if config.engine and not config.engine.learns:
-            able = ", ".join(sorted(kind.name for kind in engines().values() if kind.learns))
-            yield f"{place}: {config.algorithm} learns from no trials; what does: {able}"
+            yield f"{place}: {config.algorithm} learns from no trials; what does: {_able_to_learn()}"
         try:
             lessons_of(stated, root=view.root, space=space, objectives=objectives_of(config, view.task.metric_modes))
         except SpecError as error:
             yield f"{place}: {error}"
+
+
+def _check_teachers(config: TuneConfig, space: Space, view: ConfigView) -> Iterator[str]:
+    from heliostat.runtime.engines import engines
+
+    place, teachers = f"inputs.{SLOT}", view.inputs.get(SLOT, ())
+    algorithm, _, why = config.method_when(taught=True)
+    if teachers and not engines()[algorithm].learns:
+        yield f"{place}: {algorithm} ({why}) learns from no trials; what does: {_able_to_learn()}"
+    for kind, earlier in teachers:
+        if not isinstance(earlier, TuneConfig):
+            yield f"{place}: {kind.name!r} has no trials to learn from; name a stage that uses 'tune'"
+        elif problem := why_apart(space, Space.parse(earlier.space)):
+            yield f"{place}: no trial of that search can lie in the space of this one: {problem}"
+
+
+def _able_to_learn() -> str:
+    from heliostat.runtime.engines import engines
+
+    return ", ".join(sorted(kind.name for kind in engines().values() if kind.learns))
 
 
 def _identity(config: TuneConfig, view: ConfigView) -> Mapping[str, Any]:
@@ -155,10 +174,14 @@ def _workload(config: TuneConfig) -> dict[str, int]:
 
 
 def _explain(config: TuneConfig, view: ConfigView) -> Mapping[str, str]:
-    algorithm, trials, reason = config.method
+    teachers = len(view.inputs.get(SLOT, ()))
+    algorithm, trials, reason = config.method_when(taught=teachers > 0)
     useless = _why_useless(config, view.resources, trials) if config.scheduler else None
     explained = {"algorithm": f"{algorithm}, {reason}"} | ({"scheduler": useless} if useless else {})
-    if _begins_with_known(config) and (point := _known_point(config, view.functions, seed=0)):
+    if teachers:
+        searches = "the search" if teachers == 1 else f"the {teachers} searches"
+        explained[SLOT] = f"learns from the trials of {searches} before it, as far as they lie in its space"
+    if _begins_with_known(config, taught=teachers > 0) and (point := _known_point(config, view.functions, seed=0)):
         known = known_values(Space.parse(config.space), config.train, view.functions)
         values = ", ".join(f"{path} {value}" for path, value in known.items() if point.get(path) == value)
         explained["first trial"] = f"what config.train comes to without a search: {values}"
@@ -197,6 +220,7 @@ def _at_once_here(resources: Resources) -> int:
 
 @stage(
     "tune",
+    inputs={SLOT: "params*?"},
     output="params",
     place="driver",
     needs=_needs,
@@ -207,11 +231,15 @@ def _at_once_here(resources: Resources) -> int:
     preload=lambda resources: ["heliostat.runtime.trials", "hyperopt"],
 )
 def tune(context: StageContext, config: TuneConfig) -> StageResult:
-    """Search. Each trial is one training of `config.train` with the parameters of the trial laid over it."""
+    """Search. Each trial is one training of `config.train` with the parameters of the trial laid over it.
+
+    The engine learns first from the trials of the searches that go in.
+    """
     from heliostat.runtime.ledger import Budget
     from heliostat.runtime.search import Search, run_search
 
-    algorithm, trials, reason = config.method
+    taught = bool(context.inputs.get(SLOT))
+    algorithm, trials, reason = config.method_when(taught=taught)
     objectives, earlier = objectives_of(config, context.task.metric_modes), _earlier(context, config)
     search = Search(
         Space.parse(config.space),
@@ -219,7 +247,7 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
         Budget(trials, config.wall_time_s, _bounds(config.stop_when, context.task.metric_modes)),
         objectives,
         scheduler=_settings(config.scheduler) if config.scheduler else None,
-        start_from=_first(context, config),
+        start_from=_first(context, config, taught=taught),
         earlier=earlier,
     )
     outcome = run_search(context, search, work_of(context, config))
@@ -263,12 +291,17 @@ def _earlier(context: StageContext, config: TuneConfig) -> "tuple[TrialRecord, .
     searches = [
         lessons_of(stated, root=context.root, space=space, objectives=objectives) for stated in config.earlier.values()
     ]
+    for found in context.inputs.get(SLOT, ()):
+        lessons = lessons_in(found.folder / JOURNAL, space=space, objectives=objectives)
+        if not lessons.trials:
+            context.reporter.warn(f"nothing to learn from {found.node}: {lessons}; {lessons.first_problem}")
+        searches.append(lessons)
     return tuple(trial for lessons in searches for trial in lessons.trials)
 
 
-def _first(context: StageContext, config: TuneConfig) -> Sequence[Mapping[str, Any]]:
+def _first(context: StageContext, config: TuneConfig, *, taught: bool) -> Sequence[Mapping[str, Any]]:
     """The points that the file gives, else the one that it would train with."""
-    if not _begins_with_known(config):
+    if not _begins_with_known(config, taught=taught):
         return tuple(config.points.values())
     use_root(context.root)
     functions = {"model": resolve(context.task.model), "data": resolve(context.task.data)}
@@ -284,12 +317,12 @@ def _known_point(
     return point_near(space, known_values(space, config.train, functions), random.Random(seed))
 
 
-def _begins_with_known(config: TuneConfig) -> bool:
+def _begins_with_known(config: TuneConfig, *, taught: bool) -> bool:
     """Whether there is something to learn from the first trial, and the file names no other beginning."""
     from heliostat.runtime.engines import engines
 
     algorithm, _, _ = config.method
-    return engines()[algorithm].learns and not config.start_from
+    return engines()[algorithm].learns and not (config.start_from or taught)
 
 
 def _settings(scheduler: SchedulerConfig) -> "Settings":

@@ -135,6 +135,7 @@ class TuneConfig(Spec):
     """Parameters to try first, each a whole point of the space; the engine learns from them as from its own.
 
     `{trials: PATH}` is an earlier search, by its folder: the engine learns from its trials, which are not run again.
+    One of the same file stands in the slot `start_from`.
     """
     limits: dict[str, Number] = Field(default_factory=dict)
     """What a metric may be at most, or at least if more of it is better. No trial beyond one is the best, or on the
@@ -206,6 +207,10 @@ class TuneConfig(Spec):
     @property
     def method(self) -> tuple[str, int, str]:
         """The method, the number of trials, and why: what `auto` and the defaults come down to."""
+        return self.method_when(taught=False)
+
+    def method_when(self, *, taught: bool) -> tuple[str, int, str]:
+        """The same; `taught` if there is an earlier search to learn from that the config does not name."""
         size = Space.parse(self.space).size()
         if self.exhaustive:
             return self.algorithm, size or 0, f"every one of {size} points"
@@ -214,10 +219,11 @@ class TuneConfig(Spec):
             return self.algorithm, trials, "as asked"
         if not self.earlier and size is not None and size <= min(SMALL_SPACE, trials):
             return "grid", size, f"the space has only {size} points"
-        if not self.earlier and trials < BAYESIAN_FROM:
+        taught = taught or bool(self.earlier)
+        if not taught and trials < BAYESIAN_FROM:
             return "random", trials, f"{trials} trials are too few to learn a model of the space from"
         enough = f"{trials} trials suffice to learn where the space is good"
-        if self.earlier:
+        if taught:
             enough = "there are earlier trials to learn from"
         if len(self.aims) > 1:
             return "optuna_tpe", trials, f"{enough}, and unlike bayesian it takes several objectives"
