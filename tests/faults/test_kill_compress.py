@@ -86,3 +86,19 @@ def test_links_that_were_made_are_not_made_again(toy, heliostat_in, kill_when):
     began = Counter(int(line) for line in trainings.read_text().split())
     assert len(began) == 3
     assert [began[size] for size in sizes] == [1] * len(sizes)
+
+    # and any of them is made again when a trial is, aside from the others
+    trials = json.loads(Path(small["path"], "trials.json").read_text())
+    pruned = next(trial["id"] for trial in trials if trial["params"]["step_1"] == "prune")
+    again = subprocess.run(
+        [*cli.command, "run", "toy.yaml", "--trial", pruned, "--json"],
+        cwd=toy.folder,
+        env={**cli.environment, "TOY_TRAININGS": str(trainings)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["identical"]
+    assert len(trainings.read_text().split()) == sum(began.values()) + 1

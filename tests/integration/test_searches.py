@@ -156,6 +156,7 @@ def test_a_trial_of_a_finished_search_is_run_again_with_the_same_figures_and_lea
     [
         ("0001", [], "there are several searches; say which: target/0001 or timed/0001"),
         ("targte/0001", [], "no search 'targte'; did you mean 'target'"),
+        ("train_target/0001", [], "the stage 'train_target' has no trials; did you mean 'target'?"),
         ("target/0011", [], "'0011' does not exist; did you mean '0001'"),
         (
             "target/0001",

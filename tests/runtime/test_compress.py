@@ -16,6 +16,7 @@ from heliostat.errors import StageError
 from heliostat.stages.compress import CompressConfig, compress
 from heliostat.stages.measure import measure_quality
 from heliostat.stages.models import fine_tune, save_trained
+from heliostat.stages.rerun import ended_trial, rerun
 from heliostat.training.config import TrainConfig
 from heliostat.training.task import build_model
 
@@ -93,7 +94,7 @@ def run(trained, root, tmp_path, reporter):
         watch(context)
         result = compress(context, CompressConfig.model_validate(config))
         rows = {row["model"]: row for row in result.details["table"]}
-        return SimpleNamespace(folder=context.folder, result=result, details=result.details, rows=rows)
+        return SimpleNamespace(context=context, folder=context.folder, result=result, details=result.details, rows=rows)
 
     run.folder = tmp_path / "small"
     return run
@@ -146,6 +147,15 @@ def test_the_chain_that_is_found_keeps_to_the_limits_and_beats_plain_quantizatio
     # every chain is a trial, and told of as one
     assert {status for status, _ in reporter.ended.values()} == {"done"}
     assert len(reporter.started) == 9
+
+    # and can be made again, from the first pass on
+    config = CompressConfig.model_validate({**LIMITS, "passes": [SPARSITIES, METHODS], "trials": 9})
+    trial = found.details["chosen"].partition(" ")[0]
+    before = {path: path.stat().st_mtime_ns for path in run.folder.parent.rglob("*")}
+    again = rerun(found.context, config, ended_trial(found.context, config, trial))
+    assert again.identical, again.differences
+    assert {metric for metric, *_ in again.differences} >= {"val_accuracy", "size_mb"}
+    assert {path: path.stat().st_mtime_ns for path in run.folder.parent.rglob("*")} == before
 
 
 @pytest.mark.slow

@@ -159,9 +159,9 @@ def test_rungs_compare_compressed_models_and_the_plain_figures_stay_visible(cont
     assert [epoch for epoch in rows if "val_accuracy_plain" in rows[epoch]] == [1, 2, 3, 4]
     assert rows[4].keys() >= {"val_loss", "val_loss_plain", "size_mb", "num_params", "train_loss"}
     for trial in ("0001", "0002"):
-        again = rerun(given, config, ended_trial(given.folder, config, given.task, trial))
+        again = rerun(given, config, ended_trial(given, config, trial))
         assert again.identical, again.differences
-    then = ended_trial(given.folder, config, given.task, "0001")
+    then = ended_trial(given, config, "0001")
     cut_short = replace(then, status="stopped", epochs=3, history=then.history[:3])  # by the end of its search
     again = rerun(given, config, cut_short)
     assert (again.now.status, again.now.epochs, again.identical) == ("stopped", 3, True)

@@ -74,7 +74,7 @@ def searched(search_in):
 
 def again(search, trial):
     context, config = search
-    return rerun(context, config, ended_trial(context.folder, config, context.task, trial))
+    return rerun(context, config, ended_trial(context, config, trial))
 
 
 def files_of(folder):
@@ -130,7 +130,7 @@ def test_several_workers_train_a_trial_again(search_in):
 
 def test_what_differs_is_told_by_metric_without_the_times(searched):
     context, config = searched
-    then = ended_trial(context.folder, config, context.task, "0001")
+    then = ended_trial(context, config, "0001")
     other = {name: value + 1 for name, value in then.metrics.items()}
     result = Rerun("search", then, replace(then, metrics=other, history=[(1, other)]))
     assert not result.identical

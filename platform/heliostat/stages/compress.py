@@ -94,8 +94,8 @@ def compress(context: StageContext, config: CompressConfig) -> StageResult:
     Raises StageError when no chain is within the limits; it names the closest.
     """
     source, modes = context.one("model"), context.task.metric_modes
-    objectives = _objectives(config, source, modes)
-    outcome = _search(context, config, source, objectives)
+    objectives = objectives_of(context, config)
+    outcome = _search(context, config, objectives)
     trials = {f"{trial.id} {config.label(trial.params)}": trial for trial in outcome.trials}
     chains = {name: _chain(context, config, source, trial) for name, trial in trials.items()}
     verdicts = _verdicts_of_the_search(config, trials, modes)
@@ -144,10 +144,11 @@ def compress(context: StageContext, config: CompressConfig) -> StageResult:
     )
 
 
-def _objectives(config: CompressConfig, source: Artifact, modes: Mapping[str, Mode]) -> Objectives:
+def objectives_of(context: StageContext, config: CompressConfig) -> Objectives:
     """The quality that is limited and the costs that are made small, within the limits."""
     from heliostat.compression.pareto import bounds
 
+    source, modes = context.one("model"), context.task.metric_modes
     for metric in config.max_drop:
         if metric not in source.metrics:
             raise StageError(f"{source.node} has no {metric}, so nobody can say how much it drops")
@@ -157,7 +158,7 @@ def _objectives(config: CompressConfig, source: Artifact, modes: Mapping[str, Mo
     return Objectives((*quality, *costs), limits)
 
 
-def _search(context: StageContext, config: CompressConfig, source: Artifact, objectives: Objectives) -> "SearchOutcome":
+def _search(context: StageContext, config: CompressConfig, objectives: Objectives) -> "SearchOutcome":
     from heliostat.runtime.ledger import Budget
     from heliostat.runtime.search import Search, run_search
 
@@ -167,14 +168,15 @@ def _search(context: StageContext, config: CompressConfig, source: Artifact, obj
     algorithm, trials = config.method
     budget = Budget(trials, config.wall_time_s)
     search = Search(config.space, algorithm, budget, objectives, start_from=[config.untouched])
-    return run_search(context, search, _work_of(context, config, source))
+    return run_search(context, search, work_of(context, config))
 
 
-def _work_of(context: StageContext, config: CompressConfig, source: Artifact) -> "Making":
+def work_of(context: StageContext, config: CompressConfig) -> "Making":
     """What a trial does: make one chain, and measure what comes of it."""
     from heliostat.runtime.making import Making
     from heliostat.stages.measure import recipe_of
 
+    source = context.one("model")
     make = partial(
         _explore,
         config=config,
