@@ -29,4 +29,7 @@ def test_recurrent_layers_count_at_every_time_step(kind, gates, directions):
 def test_attention_counts_its_projections_and_its_products(nets):
     tokens, width = 7, 16
     layer = tokens * (4 * width * width + 2 * width * 32) + 2 * tokens * tokens * width
-    assert num_macs(nets.Transformer(), torch.randint(50, (2, tokens))) == 2 * layer + width * 5
+    trained, frozen = nets.Transformer(), nets.Transformer().requires_grad_(False)
+    for model in (trained, frozen):
+        assert num_macs(model, torch.randint(50, (2, tokens))) == 2 * layer + width * 5
+    assert torch.backends.mha.get_fastpath_enabled()

@@ -15,14 +15,15 @@ def num_macs(model: nn.Module, example: Tensor) -> int:
 
     Zeros count like any other weight, as they do in what is executed.
     """
-    training = model.training
+    training, fast = model.training, torch.backends.mha.get_fastpath_enabled()
     counter = FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH)
     try:
-        # Without gradients an encoder runs as one operation that hides its own.
-        with torch.enable_grad(), _Uncompiled(counter):
+        torch.backends.mha.set_fastpath_enabled(False)  # there an encoder is one operation that hides its own
+        with torch.no_grad(), _Uncompiled(counter):
             model.eval()(example[:1])
     finally:
         model.train(training)
+        torch.backends.mha.set_fastpath_enabled(fast)
     return int(counter.get_total_flops()) // 2
 
 
