@@ -10,20 +10,22 @@ it in one go; stages that do not look at it start before that. A failed node sto
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
-from heliostat.core.artifact import Artifact, Record, digest_files, keep_only, write_record
+from heliostat.core.artifact import Artifact, Record, digest_files, keep_only, read_record, write_record
+from heliostat.core.carrier import Files, followed, supplied
 from heliostat.core.outcome import NodeOutcome, Status, View
 from heliostat.core.plan import Node, Plan, artifact_of, record_of
 from heliostat.core.stage import SHELF, StageContext, StageResult, call_stage
 from heliostat.errors import ArtifactError, HeliostatError, StageError
 from heliostat.history import History, NodeReporter
-from heliostat.mirror import Mirror
+from heliostat.mirror import Exchange, Mirror
 from heliostat.stages.measure import Speed, Subject, call_example, measure_quality, measure_speeds
 
 POLL_S = 0.2
@@ -148,11 +150,12 @@ class Execution:
             shutil.rmtree(node.folder, ignore_errors=True)
         try:
             node.folder.mkdir(parents=True, exist_ok=True)
-            with self._mirror.following(node.folder, anew=anew):
-                record = self._run_stage(node)
+            with self._mirror.following(node.folder, anew=anew) as exchange:
+                record = self._run_stage(node, exchange)
                 self._history.finished(node, record)
                 if node.kind.name == "select":
-                    example = self._task(node, call_example, node.folder, self._plan.pipeline.task, record.params)
+                    call = (call_example, node.folder, self._plan.pipeline.task, record.params)
+                    example = self._task(node, *call, needed={node.folder: record.files})
                     self._history.chose(node, example)
                 write_record(node.folder, record)
         except KeyboardInterrupt:
@@ -165,16 +168,24 @@ class Execution:
         self._view.made(node, record.metrics)
         return [_Made(node, Artifact(node.folder, record), "ran")]
 
-    def _run_stage(self, node: Node) -> Record:
+    def _run_stage(self, node: Node, exchange: Exchange) -> Record:
         pipeline = self._plan.pipeline
         started_at, started = datetime.now(UTC), time.monotonic()
         reporter = self._reporter(node)
-        context = self._plan.context(node, inputs=self._inputs(node), reporter=reporter, cancel=self._cancel)
+        context = self._plan.context(
+            node,
+            inputs=self._inputs(node),
+            reporter=reporter,
+            cancel=self._cancel,
+            carrier=self._mirror.carrier(node.folder),
+        )
         result = self._call(node, context)
-        metrics = dict(result.metrics)
+        exchange(result.files)
+        files, metrics = digest_files(node.folder, result.files), dict(result.metrics)
         if node.has_speed:
             self._view.progress(node, {"doing": "measuring"})
-            metrics |= self._task(node, measure_quality, node.folder, pipeline.task, result.params)
+            call = (measure_quality, node.folder, pipeline.task, result.params)
+            metrics |= self._task(node, *call, needed={node.folder: files})
         keep_only(node.folder, result.files)
         return Record(
             kind=node.kind.output,
@@ -191,7 +202,7 @@ class Execution:
                 slot: [{"node": n.name, "fingerprint": n.fingerprint} for n in nodes]
                 for slot, nodes in node.inputs.items()
             },
-            files=digest_files(node.folder, result.files),
+            files=files,
             tracking=self._history.ids(node),
             versions=self._history.versions,
             git_commit=self._history.git_commit,
@@ -221,6 +232,7 @@ class Execution:
         from heliostat.runtime.hang import NOTE, call_stage_watched, told_where_it_hung
         from heliostat.runtime.mailbox import relay
 
+        needed = {one.folder: one.record.files for artifacts in context.inputs.values() for one in artifacts}
         config, timeout_s = node.config.model_dump(mode="json", exclude_unset=True), node.resources.hang_timeout_s
         with relay(context.reporter) as remote, told_where_it_hung(timeout_s, note=node.folder / NOTE):
             result: StageResult = self._task(
@@ -230,15 +242,28 @@ class Execution:
                 node.kind.reference,
                 replace(context, reporter=remote, cancel=None),
                 config,
+                call=followed,
+                needed=needed,
                 held=node.resources.per_worker,
                 warn=context.reporter.warn,
             )
         return result
 
-    def _task(self, node: Node, *call: Any, **options: Any) -> Any:
+    def _task(
+        self,
+        node: Node,
+        function: Callable[..., Any],
+        *args: Any,
+        needed: Mapping[Path, Files],
+        call: Callable[..., Any] = supplied,
+        **options: Any,
+    ) -> Any:
+        """`function(*args)` in a Ray task that has the files `needed`, of each folder, at hand."""
         from heliostat.runtime.tasks import run_task
 
-        return run_task(*call, root=self._plan.pipeline.root, retries=node.retries, cancel=self._cancel, **options)
+        root, carrier = self._plan.pipeline.root, self._mirror.carrier(node.folder)
+        call = partial(call, carrier, needed, function)
+        return run_task(call, *args, root=root, retries=node.retries, cancel=self._cancel, **options)
 
     # --- measuring speed --------------------------------------------------------------------------
 
@@ -254,7 +279,7 @@ class Execution:
         """Their speeds, or why there is none. A model that brings the measurement down does so to itself alone."""
         try:
             subjects = [_subject(made.node, made.artifact) for made in waiting]
-            for folder in {folder for subject in subjects for folder in (subject.folder, subject.source) if folder}:
+            for folder in _folders_of(subjects):
                 self._mirror.fetch(folder)
             return self._measure_exclusively(waiting[0].node, subjects)
         except (StageError, ArtifactError) as error:
@@ -263,8 +288,9 @@ class Execution:
             return [speed for made in waiting for speed in self._speeds([made])]
 
     def _measure_exclusively(self, node: Node, subjects: Sequence[Subject]) -> list[Speed | str]:
-        task = self._plan.pipeline.task
-        measured: list[Speed | str] = self._task(node, measure_speeds, subjects, task, exclusive=True)
+        needed = {folder: record.files for folder in _folders_of(subjects) if (record := read_record(folder))}
+        call = (measure_speeds, subjects, self._plan.pipeline.task)
+        measured: list[Speed | str] = self._task(node, *call, needed=needed, exclusive=True)
         return measured
 
     def _measured(self, made: _Made, speed: Speed | str) -> NodeOutcome:
@@ -308,6 +334,10 @@ class Execution:
 def _subject(node: Node, artifact: Artifact) -> Subject:
     source = next((up.folder for up in node.upstream if up.kind.output == "model"), None)
     return Subject(node.folder, artifact.record.params, getattr(node.config, "method", node.kind.name), source)
+
+
+def _folders_of(subjects: Iterable[Subject]) -> set[Path]:
+    return {folder for subject in subjects for folder in (subject.folder, subject.source) if folder}
 
 
 def _with_speed(record: Record, speed: Speed) -> Record:

@@ -141,10 +141,11 @@ def _run_plan(
             module for node in planned.nodes if node.status == "run" for module in node.kind.preload(node.resources)
         }
         starting = session.start(address, log=log, root=pipeline.root, preload=preload)
-        with nullcontext(ray) if ray else starting as live:
+        on_cluster = mirror.on_cluster() if address else nullcontext()
+        with nullcontext(ray) if ray else starting as live, on_cluster:
             where = "this machine" if address is None else f"the cluster at {address}"
             check_fits(planned, live.capacity(), where=where)
-            live.check_is_shared(pipeline.storage_folder, is_bucket=pipeline.bucket_url is not None)
+            live.check_storage(planned)
             call_up_first(planned)
             history = tracked.enter_context(History.open(planned, key, view.note, cut_off))
             outcomes, interrupted = Execution(planned, history, mirror, view).run()

@@ -18,6 +18,9 @@ from typing import Any
 from heliostat.errors import ArtifactError
 
 RECORD = "record.json"
+COMPLETES = frozenset({RECORD, ".metadata"})
+"""Files that tell that all others in their folder are there: of an artifact, and of a checkpoint whose parts several
+workers wrote (torch's name). They are written last, sent last and deleted first."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from heliostat.core import imports
 from heliostat.core.artifact import Artifact, Record, find_artifact, read_record, records
 from heliostat.core.capacity import Capacity, amount
+from heliostat.core.carrier import HERE, Carrier
 from heliostat.core.identity import explain_change, fingerprint
 from heliostat.core.model import Spec
 from heliostat.core.paths import set_path, why_not_a_path
@@ -81,7 +82,13 @@ class Plan:
         return next(node for node in self.nodes if node.name == name)
 
     def context(
-        self, node: Node, *, inputs: Mapping[str, tuple[Artifact, ...]], reporter: Reporter, cancel: threading.Event
+        self,
+        node: Node,
+        *,
+        inputs: Mapping[str, tuple[Artifact, ...]],
+        reporter: Reporter,
+        cancel: threading.Event,
+        carrier: Carrier = HERE,
     ) -> StageContext:
         """What the node's stage is given to work with."""
         return StageContext(
@@ -94,6 +101,7 @@ class Plan:
             inputs=inputs,
             reporter=reporter,
             retries=node.retries,
+            carrier=carrier,
             cancel=cancel,
         )
 

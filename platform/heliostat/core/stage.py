@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol, get_type_hints
 
 from heliostat.core.artifact import Artifact
 from heliostat.core.capacity import Need
+from heliostat.core.carrier import HERE, Carrier
 from heliostat.core.identity import fingerprint
 from heliostat.core.imports import reference_to, resolve
 from heliostat.core.model import Spec
@@ -86,6 +87,8 @@ class StageContext:
     reporter: Reporter
     retries: int = 0
     """How often a process of the stage that died is started again. The runner does so for a stage that is a task."""
+    carrier: Carrier = field(default=HERE, compare=False)
+    """For a stage that starts processes on other machines itself: what they bring and leave files by."""
     cancel: threading.Event | None = field(default=None, compare=False)
     """Set when the run is being stopped. Only stages that run in the driver have it; a task is cancelled whole."""
 
@@ -185,6 +188,8 @@ class StageKind:
     """Modules of the driver's part that take long to import: they are imported while Ray starts."""
     call_up: Callable[[Path, Resources], None] | None
     """Starts the processes of a node before it can begin; given its folder, or that of a stage with one node."""
+    works_apart: Callable[[Resources], bool]
+    """Whether its processes get on by the context's carrier where machines do not see one folder; a task's do."""
     reference: str
 
     @property
@@ -215,6 +220,7 @@ def stage(
     measured: Measured = "before",
     preload: Callable[[Resources], Sequence[str]] = lambda resources: (),
     call_up: Callable[[Path, Resources], None] | None = None,
+    works_apart: Callable[[Resources], bool] | None = None,
 ) -> Callable[[F], F]:
     """Declare a stage kind over `function(context, config) -> StageResult`; `config` is annotated with its model."""
 
@@ -244,6 +250,7 @@ def stage(
             measured=measured,
             preload=preload,
             call_up=call_up,
+            works_apart=works_apart or (lambda resources: place == "task"),
             reference=reference,
         )
         function.__stage_kind__ = kind  # type: ignore[attr-defined]

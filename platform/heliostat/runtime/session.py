@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from heliostat.core.capacity import Capacity
+from heliostat.core.plan import Plan
 from heliostat.errors import HeliostatError, SpecError
 from heliostat.runtime.embedded import start_embedded
 from heliostat.runtime.environment import SWITCHES
@@ -41,12 +42,12 @@ class Session:
     def capacity(self) -> Capacity:
         return cluster_capacity()
 
-    def check_is_shared(self, folder: Path, *, is_bucket: bool) -> None:
-        """Raises SpecError where another machine of the cluster does not see a folder of this one."""
-        from heliostat.runtime.shared_disk import check_is_shared
+    def check_storage(self, planned: Plan) -> None:
+        """Raises SpecError where another machine of the cluster cannot come to what stages leave."""
+        from heliostat.runtime.shared_disk import check_storage
 
         if not self.embedded:
-            check_is_shared(folder, is_bucket=is_bucket)
+            check_storage(planned)
 
 
 def cluster_capacity() -> Capacity:

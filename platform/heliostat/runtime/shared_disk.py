@@ -1,28 +1,33 @@
-"""Whether every machine of a cluster sees the folder that a run works in.
+"""Whether every machine of a cluster can come to what stages leave: a folder that all see, or a bucket.
 
-Stages run wherever there is room, and leave their files, checkpoints and journals in that folder. Where a machine has
-one of its own under the same path, what it makes never arrives, which would be noticed hours later, by what is missing.
+Stages run wherever there is room, and leave their files, checkpoints and journals in the store's folder. Where a
+machine has one of its own under the same path, what it makes goes by way of the bucket. Where there is none it never
+arrives, which would be noticed hours later, by what is missing.
 """
 
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from heliostat.errors import SpecError
+from heliostat.core.plan import Plan
+from heliostat.errors import HeliostatError, SpecError
+from heliostat.mirror import try_bucket
 
 ANSWER_S = 60.0
 """A node that takes longer to start a process is not judged."""
 
 
-def check_is_shared(folder: Path, *, is_bucket: bool) -> None:
-    """Raise SpecError that names the nodes on which `folder` is not this machine's.
+def check_storage(planned: Plan) -> None:
+    """Raise SpecError that names the nodes on which the store's folder is not this machine's, unless a bucket will do.
 
-    `is_bucket` says that it is what this machine has of a bucket. One process on each node looks; where there is only
-    one node, none does.
+    One process on each node looks; where there is only one node, none does.
     """
+    pipeline = planned.pipeline
+    folder, url = pipeline.storage_folder, pipeline.bucket_url
     here = ray.get_runtime_context().get_node_id()
     nodes = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")}
     others = {node: address for node, address in nodes.items() if node != here}
@@ -32,37 +37,53 @@ def check_is_shared(folder: Path, *, is_bucket: bool) -> None:
     mark = folder / f".seen-{uuid.uuid4().hex}"
     mark.touch()
     try:
-        blind = [others[node] for node in _without(mark, list(others))]
+        answers = {others[node]: answer for node, answer in _asked(list(others), mark, url).items()}
     finally:
         mark.unlink()
-    if blind:
-        bucket = "; with a bucket a run works beside the file, and sends from there" if is_bucket else ""
+    blind = [address for address, answer in answers.items() if answer is not None]
+    if not blind:
+        return
+    whose = f"storage: {len(blind)} of {len(nodes)} nodes do not see this machine's {folder}: {', '.join(blind)}"
+    if url is None:
         raise SpecError(
-            f"storage: {len(blind)} of {len(nodes)} nodes do not see this machine's {folder}: {', '.join(blind)}. "
-            f"On several machines it must be on a disk that all of them share{bucket}"
+            f"{whose}. On several machines it must be on a disk that all of them share; "
+            "or take storage: s3://BUCKET/PREFIX, by way of which files then go"
         )
+    for node in planned.nodes:
+        if node.status == "run" and not node.kind.works_apart(node.resources):
+            raise SpecError(
+                f"{whose}. What stage {node.stage!r} ({node.uses}) leaves for other processes of its own does not go by "
+                "way of the bucket: for that stage the folder must be on a disk that all machines share"
+            )
+    for address, answer in answers.items():
+        if answer:
+            raise SpecError(f"{whose}; and {address} cannot use the bucket instead: {answer}")
 
 
-def _without(mark: Path, nodes: list[str]) -> list[str]:
-    """The nodes that answer that there is no such file."""
+def _asked(nodes: list[str], mark: Path, url: str | None) -> dict[str, str | None]:
+    """What each node answers in time, by its id: see `_looks`."""
     looks = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node, soft=False)
-        task = ray.remote(_sees).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-        looks[task.remote(str(mark))] = node
+        task = ray.remote(_looks).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+        looks[task.remote(mark, url)] = node
     answered, late = ray.wait(list(looks), num_returns=len(looks), timeout=ANSWER_S)
     for reference in late:
         ray.cancel(reference, force=True)
-    return [looks[reference] for reference in answered if _answer(reference) is False]
+    answers = {}
+    for reference in answered:
+        with suppress(RayError):  # the node was lost meanwhile
+            answers[looks[reference]] = ray.get(reference)
+    return answers
 
 
-def _answer(reference: "ray.ObjectRef") -> bool | None:
-    try:
-        answer: bool = ray.get(reference)
-    except RayError:  # the node was lost meanwhile
+def _looks(mark: Path, url: str | None) -> str | None:
+    """None where the file is seen; else why the bucket cannot be used there, "" if it can be."""
+    if mark.exists():
         return None
-    return answer
-
-
-def _sees(mark: str) -> bool:
-    return Path(mark).exists()
+    try:
+        if url is not None:
+            try_bucket(url)
+    except HeliostatError as error:
+        return str(error)
+    return ""

@@ -3,7 +3,7 @@
 Ray Train starts the workers and joins them in a process group (NCCL with GPUs, else gloo). It would run the user's bad
 code again as well, so workers are started anew from here, after one died. It carries no data: rows reach the driver
 through the mailbox, since each of Ray's own reports waits for a poll of its controller. Checkpoints lie in the folder,
-which all workers must see. One worker runs in place, as a task; an elastic training is always Ray Train's, with as many
+or in one of its path on each machine, which the carrier then keeps as one. One worker runs in place, as a task; an elastic training is always Ray Train's, with as many
 workers as there is room for each time that it starts or goes on. What is made of the trained weights is made by the
 first worker, so that the driver needs no torch.
 """
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
 
+from heliostat.core.carrier import HERE, Carrier
 from heliostat.core.imports import use_root
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
@@ -49,6 +50,7 @@ class TrainWork:
     reporter: RemoteReporter
     finish: "Callable[[Fit], Any] | None"
     data: SharedData | None
+    carrier: Carrier
 
     @property
     def hang_note(self) -> Path:
@@ -73,6 +75,7 @@ def train_workers(
     retries: int = 0,
     finish: "Callable[[Fit], Any] | None" = None,
     data: SharedData | None = None,
+    carrier: Carrier = HERE,
 ) -> Any:
     """Train with `resources.workers` workers; go on from the newest of `folder/checkpoints` if there are any.
 
@@ -82,7 +85,7 @@ def train_workers(
     when `cancel` is set.
     """
     with relay(reporter) as remote:
-        work = TrainWork(task, config, resources, seed, root, folder, remote, finish, data)
+        work = TrainWork(task, config, resources, seed, root, folder, remote, finish, data, carrier)
         with told_where_it_hung(resources.hang_timeout_s, note=work.hang_note):
             if resources.most_workers > 1:
                 return _train_together(work, retries=retries, cancel=cancel)
@@ -95,6 +98,11 @@ def _train_alone(work: TrainWork) -> Any:
 
 
 def _run(work: TrainWork, *, rank: int, size: int) -> Any:
+    with work.carrier.following() if rank == 0 else nullcontext():
+        return _train(work, rank=rank, size=size)
+
+
+def _train(work: TrainWork, *, rank: int, size: int) -> Any:
     import torch
 
     from heliostat.training.checkpoints import Checkpoints
@@ -108,7 +116,7 @@ def _run(work: TrainWork, *, rank: int, size: int) -> Any:
 
     data = work.data.read(work.config.data_args) if work.data else None
     keep, warn = work.resources.keep_checkpoints, work.reporter.warn
-    checkpoints = Checkpoints(work.folder / "checkpoints", keep=keep, warn=warn)
+    checkpoints = Checkpoints(work.folder / "checkpoints", keep=keep, warn=warn, carrier=work.carrier)
     has_room = watch_for_room(work.resources, workers=size)
     grows = False
 

@@ -79,6 +79,7 @@ def _call_up(folder: Path, resources: Resources) -> None:
     needs=_needs,
     preload=lambda resources: ["heliostat.runtime.ray_train"] if resources.most_workers > 1 else (),
     call_up=_call_up,
+    works_apart=lambda resources: True,
     workload=lambda config: {"epochs": config.epochs},
     check=_check,
     explain=_explain,
@@ -100,6 +101,7 @@ def train(context: StageContext, config: TrainConfig) -> StageResult:
         reporter=context.reporter,
         cancel=context.cancel,
         retries=context.retries,
+        carrier=context.carrier,
         finish=partial(_keep, replace(context, reporter=Unheard(), cancel=None), config),
     )
     return result

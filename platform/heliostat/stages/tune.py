@@ -229,6 +229,7 @@ def _at_once_here(resources: Resources) -> int:
     identity=_identity,
     explain=_explain,
     preload=lambda resources: ["heliostat.runtime.trials", "hyperopt"],
+    works_apart=lambda resources: resources.workers_per_trial == 1,  # which leaves no files
 )
 def tune(context: StageContext, config: TuneConfig) -> StageResult:
     """Search. Each trial is one training of `config.train` with the parameters of the trial laid over it.

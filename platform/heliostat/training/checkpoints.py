@@ -6,7 +6,8 @@ and renamed, so a crash leaves no half of one under that name; one that was dama
 the one before is used. Files are unpickled as tensors and plain values only.
 
 A file is written by a thread while training goes on from the state that was copied for it. A folder is not: its parts
-lie with all workers, and none may change its own before every other has written.
+lie with all workers, and none may change its own before every other has written. Torch's `.metadata` in it tells that
+all parts are there; a folder of this machine without it has only those of the workers here.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from heliostat.core.artifact import COMPLETES
+from heliostat.core.carrier import HERE, Carrier
 from heliostat.core.spec import Resources
 
 log = logging.getLogger(__name__)
@@ -61,12 +64,14 @@ class _Writer:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Reads and writes a folder. One process writes: rank 0. The newest `keep` stay."""
+    """Reads and writes a folder. One process of those who see it writes: rank 0, of all. The newest `keep` stay."""
 
     folder: Path
     keep: int = Resources().keep_checkpoints
     warn: Callable[[str], None] = log.warning
     """Is told of each checkpoint that is damaged, once."""
+    carrier: Carrier = HERE
+    """Brings to other machines, and from there, what several workers write and read together."""
     _damaged: set[Path] = field(default_factory=set, repr=False, compare=False)
     _writer: _Writer = field(default_factory=_Writer, repr=False, compare=False)
 
@@ -92,19 +97,18 @@ class Checkpoints:
         name = _name(epoch, is_best, _digest(aside)) + ".pt"
         aside.rename(self.folder / name)
         _sync(self.folder)
-        self._prune(newest=name)
+        self.prune(newest=name)
 
-    def keep_folder(self, aside: Path, *, epoch: int, is_best: bool) -> None:
-        """Give a folder that is complete its name, then delete what is no longer needed."""
+    def keep_folder(self, aside: Path, name: str) -> Path:
+        """Give a folder its name, by `folder_name`: it has all that will be written on this machine."""
         for path in aside.iterdir():
             _sync(path)
-        name = _name(epoch, is_best, _digest(aside))
         target = self.folder / name
         if target.exists():  # the same epoch once more, to the same bytes
             shutil.rmtree(target)
         aside.rename(target)
         _sync(self.folder)
-        self._prune(newest=name)
+        return target
 
     def latest(self) -> State | None:
         """The newest checkpoint that is intact."""
@@ -131,11 +135,15 @@ class Checkpoints:
         """Whether the newest is of a model that was spread over workers; None where there is none."""
         return next((file.path.suffix != ".pt" for file in self._files()), None)
 
-    def _files(self) -> list[_File]:
+    def _named(self) -> list[_File]:
         """Newest first."""
         matches = ((_NAME.fullmatch(path.name), path) for path in self.folder.glob("epoch-*"))
         files = [_File(int(m["epoch"]), m["best"] is not None, m["digest"], path) for m, path in matches if m]
         return sorted(files, reverse=True)
+
+    def _files(self) -> list[_File]:
+        """Those that are whole, newest first."""
+        return [file for file in self._named() if file.path.suffix == ".pt" or _has_all_parts(file.path)]
 
     def _intact(self, files: Iterable[_File]) -> Iterator[_File]:
         for file in files:
@@ -145,10 +153,10 @@ class Checkpoints:
                 self._damaged.add(file.path)
                 self.warn(f"checkpoint {file.path} is damaged: its content does not match its name; it is passed over")
 
-    def _prune(self, *, newest: str) -> None:
+    def prune(self, *, newest: str) -> None:
         """Keep the newest, and for each the best of its time, so that any of them is enough to go on from."""
-        epoch = next(file.epoch for file in self._files() if file.path.name == newest)
-        past = [file for file in self._files() if file.epoch < epoch or file.path.name == newest]
+        epoch = next(file.epoch for file in self._named() if file.path.name == newest)
+        past = [file for file in self._named() if file.epoch < epoch or file.path.name == newest]
         kept = {file.path for file in past[: self.keep]}
         for recent in past[: self.keep]:
             kept.update([file.path for file in past if file.is_best and file.epoch <= recent.epoch][:1])
@@ -161,11 +169,29 @@ def _name(epoch: int, is_best: bool, digest: str) -> str:
     return f"epoch-{epoch:05d}.{'best.' if is_best else ''}{digest[:32]}"
 
 
+def folder_name(digests: Mapping[str, str], *, epoch: int, is_best: bool) -> str:
+    """That of a checkpoint whose parts, all of them, have these names and digests."""
+    return _name(epoch, is_best, _digest_of_all(digests))
+
+
+def digest_parts(paths: Iterable[Path]) -> dict[str, str]:
+    """The sha256 of each file, by its name."""
+    return {path.name: _digest(path) for path in paths}
+
+
+def _has_all_parts(folder: Path) -> bool:
+    return any((folder / name).exists() for name in COMPLETES)
+
+
+def _digest_of_all(digests: Mapping[str, str]) -> str:
+    lines = [f"{name} {digest}" for name, digest in sorted(digests.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def _digest(path: Path) -> str:
     """The sha256 of a file, or of the names and digests of all files in a folder."""
     if path.is_dir():
-        lines = [f"{file.name} {_digest(file)}" for file in sorted(path.iterdir())]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return _digest_of_all(digest_parts(path.iterdir()))
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

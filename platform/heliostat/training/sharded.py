@@ -3,10 +3,15 @@
 Each worker writes its own parts; what is read is what a worker needs of them, so any number of workers, in any mesh,
 takes up what others left. A folder gets its name, which has the digest of all its files, when it is complete. Beside
 the parts lies `plain.pt`: what is not a tensor, the same on all workers.
+
+Workers need not see one folder. On each machine the first of those who share one gives it its name and sends it; the
+first of all does so when the others have, and none deletes an older checkpoint before that. Who reads fetches the rest.
 """
 
-import shutil
+import uuid
+from collections import ChainMap
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +22,45 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from heliostat.training.checkpoints import Checkpoints, State
+from heliostat.training.checkpoints import Checkpoints, State, digest_parts, folder_name
 from heliostat.training.trainee import Trainee
 from heliostat.training.world import World, from_first_worker
 
-PLAIN = "plain.pt"
+PLAIN, METADATA = "plain.pt", ".metadata"
 
 
 def save_parts(
     checkpoints: Checkpoints, trainee: Trainee, progress: Mapping[str, Any], *, epoch: int, is_best: bool, world: World
 ) -> None:
-    """Write the state after `epoch`. Every worker calls it; the folder is one that all of them see."""
-    aside = checkpoints.folder / f"epoch-{epoch:05d}.tmp"
+    """Write the state after `epoch`. Every worker calls it."""
+    aside = checkpoints.folder / from_first_worker(f"epoch-{epoch:05d}.{uuid.uuid4().hex[:8]}.tmp", world=world)
+    is_first_here = _make_first(aside, world=world)
     if world.rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
         torch.save({**_plain(trainee), "progress": dict(progress)}, aside / PLAIN)
-    dist.barrier()
     save(_tensors(trainee), checkpoint_id=aside)
+
+    own = [*aside.glob(f"__{world.rank}_*"), *((aside / PLAIN, aside / METADATA) if world.rank == 0 else ())]
+    digests: list[dict[str, str]] = [{}] * world.size
+    dist.all_gather_object(digests, digest_parts(own))
+    name = folder_name(ChainMap(*digests), epoch=epoch, is_best=is_best)
+    for turn in (False, True):
+        if is_first_here and turn == (world.rank == 0):
+            checkpoints.carrier.send(checkpoints.keep_folder(aside, name))
+        dist.barrier()
+    if is_first_here:
+        checkpoints.prune(newest=name)
+
+
+def _make_first(folder: Path, *, world: World) -> bool:
+    """Make a new folder; whether this worker did so, of those who share it: rank 0 does of those who share its own."""
     if world.rank == 0:
-        checkpoints.keep_folder(aside, epoch=epoch, is_best=is_best)
+        folder.mkdir(parents=True)
+    dist.barrier()
+    with suppress(FileExistsError):
+        if world.rank != 0:
+            folder.mkdir(parents=True)
+        return True
+    return False
 
 
 def restore_parts(
@@ -47,6 +71,9 @@ def restore_parts(
     if found is None:
         return None
     newest, best = found
+    if world.rank != 0:
+        for folder in found:
+            checkpoints.carrier.fetch(folder)
     plain, plain_of_best = _read_plain(newest), _read_plain(best)
     if plain["progress"]["best_epoch"] != plain_of_best["progress"]["epoch"]:
         newest, plain = best, plain_of_best

@@ -1,26 +1,18 @@
-"""The lasting end of a store whose `storage` is `s3://bucket/prefix`: what a machine may lose and a run may not.
-
-Stages work in the store's folder on this machine, as ever; each file of a node's folder has its place below the URL.
-What a stage leaves while it runs, its checkpoints or the journal of a search, is sent every few seconds; the files of a
-finished node are sent before its record, so a record in the bucket says what one in a folder says. An object appears
-when all of it has arrived. Another machine reads the records when it plans, fetches the files of what it reuses, and
-goes on with what an interrupted stage had sent.
-
-The bucket is one for all who use it, but a pipeline should run once at a time: the lock of a store is of one machine.
-"""
+"""The two ends of a store in a bucket: files of a folder here, objects below a URL there."""
 
 import logging
 import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from heliostat.core.artifact import (
+    COMPLETES,
     RECORD,
     Record,
     digest_files,
@@ -29,7 +21,7 @@ from heliostat.core.artifact import (
     read_record,
     write_record,
 )
-from heliostat.core.spec import Pipeline
+from heliostat.core.carrier import Files
 from heliostat.errors import ArtifactError, HeliostatError, SpecError
 
 if TYPE_CHECKING:
@@ -46,69 +38,16 @@ Stamp = tuple[int, int]
 """Size and time of change of a local file."""
 
 
-class Mirror(Protocol):
-    """What a run asks of its mirror. Each method raises ArtifactError when the other end cannot do it."""
+class Bucket:
+    """A bucket, through Arrow's S3 client: credentials, region and endpoint are where AWS's own tools look for them.
 
-    def look(self, pipeline: str) -> Mapping[Path, int]:
-        """The size of every file that is there, by its place in the folder. The records are here afterwards.
-
-        Raises SpecError when nobody answers.
-        """
-
-    def fetch(self, folder: Path) -> None:
-        """Bring what a node's folder lacks; of a file that grows, such as a journal, the longer one is the later.
-
-        Raises ArtifactError too where a file is not the one that the record tells of.
-        """
-
-    def send(self, *paths: Path) -> None:
-        """Send these files, and of these folders all that has changed."""
-
-    @contextmanager
-    def following(self, folder: Path, *, anew: bool) -> Iterator[None]:
-        """Go on with what the other end has of a node's folder (`anew`: forget it), and send what the block leaves.
-
-        What cannot be sent by its end waits for `send`.
-        """
-
-
-def mirror_of(pipeline: Pipeline) -> Mirror:
-    """The mirror of the pipeline's store. Raises SpecError when there is no such bucket."""
-    if pipeline.bucket_url is None:
-        return NoMirror()
-    return BucketMirror(pipeline.bucket_url, pipeline.storage_folder)
-
-
-def try_bucket(url: str) -> None:
-    """Write a small object below the URL, list, read and delete it.
-
-    Raises SpecError when there is no such bucket or nobody answers, ArtifactError that says what else cannot be done.
+    `folder` is the store's on this machine; `sent` are the files in it that the bucket has as they are, as far as is
+    known. What is done is noted there. The methods of a Mirror raise as said there.
     """
-    BucketMirror(url, Path()).try_out()
 
-
-class NoMirror:
-    """The store is a folder, and that is all."""
-
-    def look(self, pipeline: str) -> Mapping[Path, int]:
-        return {}
-
-    def fetch(self, folder: Path) -> None: ...
-
-    def send(self, *paths: Path) -> None: ...
-
-    @contextmanager
-    def following(self, folder: Path, *, anew: bool) -> Iterator[None]:
-        yield
-
-
-class BucketMirror:
-    """A bucket, through Arrow's S3 client: credentials, region and endpoint are where AWS's own tools look for them."""
-
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, *, sent: dict[Path, Stamp] | None = None) -> None:
         self._url, self._folder = url.rstrip("/"), folder
-        self._sent: dict[Path, Stamp] = {}
-        """The local files that the bucket has as they are."""
+        self._sent = {} if sent is None else sent
         self._fetching = threading.Lock()
         with self._reached(SpecError):
             from pyarrow.fs import FileSystem
@@ -131,6 +70,7 @@ class BucketMirror:
             raise ArtifactError(f"storage: {self._url}: what was written is not what is there")
 
     def look(self, pipeline: str) -> Mapping[Path, int]:
+        """See Mirror."""
         found = self._listed(self._folder / pipeline, SpecError)
         with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
             list(pool.map(self._take_record, [path for path, _ in found if path.name == RECORD]))
@@ -140,68 +80,68 @@ class BucketMirror:
         return {path: there.size for path, there in found}
 
     def fetch(self, folder: Path) -> None:
+        """See Mirror."""
         with self._fetching:  # two nodes may need the same one
             if find_artifact(folder) is not None:
                 return
             record = read_record(folder)
-            for path, there in self._listed(folder):
+            for path, there in sorted(self._listed(folder), key=_completes_last):
                 name = path.relative_to(folder).as_posix()
                 if record and name in record.files:
                     if _size(path) != there.size == record.files[name]["bytes"]:
                         self._fetch_file(path)
-                        self._check(folder, name, record)
+                        self._check(path, record.files[name])
                 elif path.name != RECORD and _size(path) < there.size:
                     self._fetch_file(path)
 
+    def fetch_files(self, paths: Set[Path]) -> None:
+        """Bring those that are there, whatever is here under their names."""
+        with self._fetching:
+            there = {path for folder in {path.parent for path in paths} for path, _ in self._listed(folder)}
+            for path in there & paths:
+                self._fetch_file(path)
+
+    def take(self, folder: Path, files: Files) -> None:
+        """Have these files here. Raises ArtifactError where one is missing, or is another than its digest tells."""
+        with self._fetching:
+            for name, entry in files.items():
+                path = folder / name
+                if _size(path) != entry["bytes"] or digest_files(folder, [name])[name] != entry:
+                    self._fetch_file(path)
+                    self._check(path, entry)
+
     def send(self, *paths: Path) -> None:
+        """See Mirror. What was there, and is here no more, goes there too."""
         for path in paths:
             if path.is_dir():
                 self._send_folder(path)
             else:
                 self._send_file(path)
 
-    @contextmanager
-    def following(self, folder: Path, *, anew: bool) -> Iterator[None]:
-        if anew:
-            with self._reached():
-                self._bucket.delete_dir_contents(self._key(folder), missing_dir_ok=True)
-        else:
-            self.fetch(folder)
-        over = threading.Event()
-        thread = threading.Thread(target=self._send_until, args=(folder, over), name="heliostat-mirror", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-            self._try_to_send(folder)
+    def forget(self, folder: Path) -> None:
+        """Delete all that is there of a folder."""
+        with self._reached():
+            self._bucket.delete_dir_contents(self._key(folder), missing_dir_ok=True)
 
     # --- one way and the other --------------------------------------------------------------------
 
-    def _send_until(self, folder: Path, over: threading.Event) -> None:
-        while not over.wait(SEND_EVERY_S):
-            self._try_to_send(folder)
-
-    def _try_to_send(self, folder: Path) -> None:
-        """What cannot be sent now is sent with what comes after it."""
-        try:
-            self._send_folder(folder)
-        except ArtifactError as error:
-            log.warning("%s; what is new in %s is sent later", error, folder)
-
     def _send_folder(self, folder: Path) -> None:
-        present = dict(_lasting_files(folder))
-        changed = [path for path, stamp in present.items() if self._sent.get(path) != stamp]
-        for path in sorted(changed, key=lambda path: path.name == RECORD):
+        known = {path for path in tuple(self._sent) if path.is_relative_to(folder)}  # first: others may fetch meanwhile
+        present = dict(lasting_files(folder))
+        changed = [(path, stamp) for path, stamp in present.items() if self._sent.get(path) != stamp]
+        for path, _ in sorted(changed, key=_completes_last):
             self._send_file(path)
-        if changed:
-            record = read_record(folder)
-            kept = {folder / name for name in record.files} if record else set()
-            for path, _ in self._listed(folder):
-                if path not in present and path not in kept:
-                    with self._reached():
-                        self._bucket.delete_file(self._key(path))
+        gone = known - present.keys()
+        if not (changed or gone):
+            return
+        record = read_record(folder)
+        kept = {folder / name for name in (RECORD, *record.files)} if record else set()
+        for path, _ in sorted(self._listed(folder), key=_completes_last, reverse=True):
+            if path not in present and (path not in kept if record else path in gone):
+                with self._reached(), suppress(FileNotFoundError):  # another machine may tidy up too
+                    self._bucket.delete_file(self._key(path))
+        for path in gone:
+            self._sent.pop(path, None)
 
     def _send_file(self, path: Path) -> None:
         try:
@@ -230,13 +170,13 @@ class BucketMirror:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_record(path.parent, there)
 
-    def _check(self, folder: Path, name: str, record: Record) -> None:
-        """Whether a fetched file is the one whose digest is in the record."""
-        if digest_files(folder, [name])[name] != record.files[name]:
-            (folder / name).unlink()
+    def _check(self, path: Path, entry: Mapping[str, object]) -> None:
+        """Whether a fetched file is the one whose digest is in its record."""
+        if digest_files(path.parent, [path.name])[path.name] != entry:
+            path.unlink()
+            stage = path.relative_to(self._folder).parts[1]
             raise ArtifactError(
-                f"{self._at(folder / name)} is not the file that the record of {record.node} tells of; "
-                f"make it again: --force {record.stage}"
+                f"{self._at(path)} is not the file that its record tells of; make it again: --force {stage}"
             )
 
     def _fetch_file(self, path: Path) -> None:
@@ -279,7 +219,35 @@ class BucketMirror:
             raise error(f"storage: {self._url}: {what}{str(found).partition(' (Request ID')[0]}") from found
 
 
-def _lasting_files(folder: Path) -> Iterator[tuple[Path, Stamp]]:
+@contextmanager
+def sending(send: Callable[[], None], folder: Path) -> Iterator[Callable[[], None]]:
+    """Call `send` every few seconds while the block runs, when it ends, and when the block calls what it is given.
+
+    What cannot be sent now is sent with what comes after it.
+    """
+
+    def try_to_send() -> None:
+        try:
+            send()
+        except ArtifactError as error:
+            log.warning("%s; what is new in %s is sent later", error, folder)
+
+    def until_over() -> None:
+        while not over.wait(SEND_EVERY_S):
+            try_to_send()
+
+    over = threading.Event()
+    thread = threading.Thread(target=until_over, name="heliostat-mirror", daemon=True)
+    thread.start()
+    try:
+        yield try_to_send
+    finally:
+        over.set()
+        thread.join()
+        try_to_send()
+
+
+def lasting_files(folder: Path) -> Iterator[tuple[Path, Stamp]]:
     """The files that another machine could go on with: neither hidden nor half written."""
     for parent, folders, files in os.walk(folder):
         folders[:] = filter(_lasts, folders)
@@ -288,8 +256,12 @@ def _lasting_files(folder: Path) -> Iterator[tuple[Path, Stamp]]:
                 yield path, _stamp(path)
 
 
+def _completes_last(found: tuple[Path, object]) -> bool:
+    return found[0].name in COMPLETES
+
+
 def _lasts(name: str) -> bool:
-    return not name.startswith(".") and not name.endswith(".tmp")
+    return name in COMPLETES or not name.startswith(".") and not name.endswith(".tmp")
 
 
 def _size(path: Path) -> int:
