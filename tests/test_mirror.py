@@ -11,7 +11,7 @@ from heliostat import mirror as mirrors
 from heliostat.core.artifact import RECORD, Record, digest_files, find_artifact, write_record
 from heliostat.core.spec import Pipeline, Stage, Task
 from heliostat.errors import ArtifactError, SpecError
-from heliostat.mirror import Mirror, mirror_of
+from heliostat.mirror import Mirror, bucket, mirror_of
 from heliostat.training.checkpoints import Checkpoints
 
 NODE = "toy/train/0123456789abcdef"
@@ -111,7 +111,7 @@ def test_a_file_that_was_altered_there_is_refused_when_it_is_fetched(machine, s3
     s3.client.put_object(Bucket="models", Key=f"team/{NODE}/model", Body=b"weighty")
     other, mirror = machine("b")
     mirror.look("toy")
-    with pytest.raises(ArtifactError, match=f"{NODE}/model is not the file .* of train tells of; .*--force train"):
+    with pytest.raises(ArtifactError, match=f"{NODE}/model is not the file that its record tells of; .*--force train"):
         mirror.fetch(other / NODE)
 
 
@@ -140,7 +140,7 @@ def test_a_node_with_a_file_that_was_cut_short_there_is_made_again(machine, s3):
 
 
 def test_checkpoints_are_sent_while_the_stage_runs_and_old_ones_deleted(machine, s3, monkeypatch, eventually):
-    monkeypatch.setattr(mirrors, "SEND_EVERY_S", 0.05)
+    monkeypatch.setattr(bucket, "SEND_EVERY_S", 0.05)
     store, mirror = machine("a")
     with mirror.following(store / NODE, anew=False):
         for epoch in (1, 2, 3, 4):

@@ -4,6 +4,8 @@ import json
 import os
 import signal
 import subprocess
+import sys
+import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +36,74 @@ def accuracy(outputs, targets):
     time.sleep(0 if (folder / "hurry").exists() else 0.5)
     return quick_accuracy(outputs, targets)
 """
+
+
+class Nodes:
+    """A Ray whose nodes are started and killed from here."""
+
+    def __init__(self, folder: Path, find_processes) -> None:
+        self._find_processes = find_processes
+        self.environment = {**os.environ, "HOME": str(folder), "RAY_AUTH_MODE": "token", "OMP_NUM_THREADS": "1"}
+        ray = Path(sys.executable).with_name("ray")
+        subprocess.run([ray, "get-auth-token", "--generate"], env=self.environment, check=True, capture_output=True)
+        script = Path(__file__).with_name("nodes.py")
+        with open(folder / "nodes.log", "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, script],
+                env=self.environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.address = self._answer()
+
+    def add(self) -> str:
+        self._tell("add")
+        return self._answer()
+
+    def kill(self, node: str) -> None:
+        self._tell(f"kill {node}")
+        self._answer()
+
+    def add_apart(self, store: Path, **environment: str) -> str:
+        """One that has a disk of its own where the others have the store. Only root may start it; gives its name."""
+        store.mkdir(exist_ok=True)
+        name, ray = uuid.uuid4().hex, Path(sys.executable).with_name("ray")
+        options = f"--address {self.address} --num-cpus 1 --resources '{{\"seat\": 1}}' --block"
+        process = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", f"mount -t tmpfs tmpfs {store} && exec {ray} start {options}"],
+            env={**self.environment, **environment, "NODE_APART": name},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for line in process.stdout:
+            if "--block" in line:
+                return name
+        pytest.skip("needs the right to mount a file system")
+
+    def kill_apart(self, name: str) -> None:
+        for pid in self._find_processes(f"NODE_APART={name}"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        self.process.communicate(timeout=60)
+
+    def _tell(self, command: str) -> None:
+        self.process.stdin.write(f"{command}\n")
+        self.process.stdin.flush()
+
+    def _answer(self) -> str:
+        return self.process.stdout.readline().strip()
+
+
+@pytest.fixture(scope="session")
+def cluster_of_nodes(processes_with):
+    """Starts one, in a folder."""
+    return lambda folder: Nodes(folder, processes_with)
 
 
 class Worker(NamedTuple):

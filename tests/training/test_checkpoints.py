@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from heliostat.training.checkpoints import Checkpoints
+from heliostat.training.checkpoints import Checkpoints, digest_parts, folder_name
 
 
 def save(folder: Path, *best_flags: bool) -> Checkpoints:
@@ -114,7 +114,10 @@ def keep_folder(checkpoints: Checkpoints, epoch: int, *, is_best: bool) -> None:
     aside.mkdir()
     for part in range(2):
         (aside / f"__{part}_0.distcp").write_text(f"{epoch} {part}")
-    checkpoints.keep_folder(aside, epoch=epoch, is_best=is_best)
+    (aside / ".metadata").write_text("which parts there are")
+    name = folder_name(digest_parts(aside.iterdir()), epoch=epoch, is_best=is_best)
+    checkpoints.keep_folder(aside, name)
+    checkpoints.prune(newest=name)
 
 
 def test_a_damaged_part_of_the_newest_folder_is_noticed_and_the_one_before_is_used(
@@ -137,3 +140,15 @@ def test_a_folder_that_a_crash_left_half_written_is_cleared_away(tmp_path: Path)
     (tmp_path / "epoch-00001.tmp").mkdir()
     keep_folder(checkpoints, 2, is_best=True)
     assert kept_epochs(tmp_path) == [2]
+
+
+def test_a_folder_with_the_parts_of_one_machine_alone_is_no_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for epoch in (1, 2):
+        keep_folder(checkpoints, epoch, is_best=True)
+    first, second = (next(tmp_path.glob(f"epoch-0000{epoch}*")) for epoch in (1, 2))
+    (second / ".metadata").unlink()
+    assert checkpoints.newest_folders() == (first, first)
+    assert caplog.text == ""

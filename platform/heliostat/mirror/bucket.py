@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from heliostat.core.artifact import (
     COMPLETES,
     RECORD,
-    Record,
     digest_files,
     find_artifact,
     parse_record,
@@ -261,7 +260,7 @@ def _completes_last(found: tuple[Path, object]) -> bool:
 
 
 def _lasts(name: str) -> bool:
-    return name in COMPLETES or not name.startswith(".") and not name.endswith(".tmp")
+    return name in COMPLETES or (not name.startswith(".") and not name.endswith(".tmp"))
 
 
 def _size(path: Path) -> int:

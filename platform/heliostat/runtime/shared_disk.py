@@ -6,6 +6,7 @@ arrives, which would be noticed hours later, by what is missing.
 """
 
 import uuid
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,8 +27,7 @@ def check_storage(planned: Plan) -> None:
 
     One process on each node looks; where there is only one node, none does.
     """
-    pipeline = planned.pipeline
-    folder, url = pipeline.storage_folder, pipeline.bucket_url
+    folder, url = planned.pipeline.storage_folder, planned.pipeline.bucket_url
     here = ray.get_runtime_context().get_node_id()
     nodes = {n["NodeID"]: n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU")}
     others = {node: address for node, address in nodes.items() if node != here}
@@ -37,14 +37,21 @@ def check_storage(planned: Plan) -> None:
     mark = folder / f".seen-{uuid.uuid4().hex}"
     mark.touch()
     try:
-        answers = {others[node]: answer for node, answer in _asked(list(others), mark, url).items()}
+        answers = [(others[node], answer) for node, answer in _asked(list(others), mark, url).items()]
     finally:
         mark.unlink()
-    blind = [address for address, answer in answers.items() if answer is not None]
+    check_answers(planned, answers, num_nodes=len(nodes))
+
+
+def check_answers(planned: Plan, answers: Sequence[tuple[str, str | None]], *, num_nodes: int) -> None:
+    """Raise SpecError where a run cannot do with what nodes, by their addresses, answered: see `_looks`."""
+    pipeline = planned.pipeline
+    blind = [(address, why) for address, why in answers if why is not None]
     if not blind:
         return
-    whose = f"storage: {len(blind)} of {len(nodes)} nodes do not see this machine's {folder}: {', '.join(blind)}"
-    if url is None:
+    folder, addresses = pipeline.storage_folder, ", ".join(address for address, _ in blind)
+    whose = f"storage: {len(blind)} of {num_nodes} nodes do not see this machine's {folder}: {addresses}"
+    if pipeline.bucket_url is None:
         raise SpecError(
             f"{whose}. On several machines it must be on a disk that all of them share; "
             "or take storage: s3://BUCKET/PREFIX, by way of which files then go"
@@ -52,12 +59,12 @@ def check_storage(planned: Plan) -> None:
     for node in planned.nodes:
         if node.status == "run" and not node.kind.works_apart(node.resources):
             raise SpecError(
-                f"{whose}. What stage {node.stage!r} ({node.uses}) leaves for other processes of its own does not go by "
-                "way of the bucket: for that stage the folder must be on a disk that all machines share"
+                f"{whose}. What the processes of stage {node.stage!r} ({node.uses}) leave for each other does not go "
+                "by way of the bucket: for that stage the folder must be on a disk that all of them share"
             )
-    for address, answer in answers.items():
-        if answer:
-            raise SpecError(f"{whose}; and {address} cannot use the bucket instead: {answer}")
+    for address, why in blind:
+        if why:
+            raise SpecError(f"{whose}; and {address} cannot use the bucket instead: {why}")
 
 
 def _asked(nodes: list[str], mark: Path, url: str | None) -> dict[str, str | None]:

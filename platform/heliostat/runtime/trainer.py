@@ -1,11 +1,11 @@
 """Training by several workers, through Ray Train: a `TorchTrainer` whose workers all run the one training loop.
 
-Ray Train starts the workers and joins them in a process group (NCCL with GPUs, else gloo). It would run the user's bad
-code again as well, so workers are started anew from here, after one died. It carries no data: rows reach the driver
-through the mailbox, since each of Ray's own reports waits for a poll of its controller. Checkpoints lie in the folder,
-or in one of its path on each machine, which the carrier then keeps as one. One worker runs in place, as a task; an elastic training is always Ray Train's, with as many
-workers as there is room for each time that it starts or goes on. What is made of the trained weights is made by the
-first worker, so that the driver needs no torch.
+Ray Train starts the workers and joins them in a process group (NCCL with GPUs, else gloo). It would run the user's
+bad code again as well, so workers are started anew from here, after one died. It carries no data: rows reach the
+driver through the mailbox, since each of Ray's own reports waits for a poll of its controller. Checkpoints lie in the
+folder, or in one of its path on each machine, which the carrier then keeps as one. One worker runs in place, as a
+task; an elastic training is always Ray Train's, with as many workers as there is room for each time that it starts or
+goes on. What is made of the trained weights is made by the first worker, so that the driver needs no torch.
 """
 
 import threading

@@ -39,6 +39,7 @@ def _check(config: SelectConfig, view: ConfigView) -> Iterator[str]:
     check=_check,
     keeps_metrics=True,
     measured="together",
+    works_apart=lambda resources: True,  # in the driver, which has what it compares
 )
 def select(context: StageContext, config: SelectConfig) -> StageResult:
     """Choose. The artifact is a copy of the chosen model; the record has a verdict on every candidate."""
