@@ -1,4 +1,4 @@
-"""A cluster whose machines share no folder, and a bucket as storage: files go by way of it, and outlive their machine."""
+"""Machines that share no folder, and a bucket as storage: files go by way of it, and outlive a machine."""
 
 import io
 import json
@@ -32,6 +32,7 @@ class Apart:
         toy.module.write_text(toy.module.read_text() + SLOW.format(folder=str(toy.folder)))
         self.toy, self.nodes = toy, nodes
         self._command, self._s3, self._eventually = command, s3, eventually
+        self._process = None
 
     def add(self) -> str:
         return self.nodes.add_apart(self.toy.folder / ".heliostat")
@@ -49,12 +50,20 @@ class Apart:
             text=True,
         )
 
+    def refused(self, *arguments: str) -> str:
+        """Why the run is not even begun."""
+        command = [*self._command, "run", str(self.toy.file), "--address", self.nodes.address, *arguments]
+        done = subprocess.run(command, env=self.nodes.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert "search: starts" not in done.stderr
+        return done.stderr
+
     def kill_driver(self) -> None:
         self._process.send_signal(signal.SIGKILL)
         self._process.communicate()
 
     def end(self) -> None:
-        if self._process.poll() is None:
+        if self._process and self._process.poll() is None:
             self.kill_driver()
 
     def finish(self) -> dict:
@@ -95,6 +104,15 @@ def apart(toy, heliostat, s3, cluster_of_nodes, tmp_path, eventually):
 
 def details(node) -> dict:
     return json.loads((Path(node["path"]) / "record.json").read_text())["details"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_machines_have_neither_folder_nor_bucket_in_common_is_refused_before_anything_starts(apart):
+    store = apart.toy.folder / ".heliostat"
+    assert f"error: storage: 2 of 3 nodes do not see this machine's {store}" in apart.refused()
+    apart.nodes.add_apart(store, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    said = apart.refused("--set", "storage=s3://models/team")
+    assert "cannot use the bucket instead: storage: s3://models/team: " in said
 
 
 @pytest.mark.slow

@@ -9,26 +9,11 @@ import torch
 
 from heliostat import mirror as mirrors
 from heliostat.core.artifact import RECORD, Record, digest_files, find_artifact, write_record
-from heliostat.core.spec import Pipeline, Stage, Task
 from heliostat.errors import ArtifactError, SpecError
-from heliostat.mirror import Mirror, bucket, mirror_of
+from heliostat.mirror import bucket
 from heliostat.training.checkpoints import Checkpoints
 
 NODE = "toy/train/0123456789abcdef"
-
-
-@pytest.fixture
-def machine(tmp_path, s3):
-    """A machine of its own: an empty store of the pipeline, and its mirror."""
-
-    def make(name: str, storage: str = "s3://models/team") -> tuple[Path, Mirror]:
-        task = Task(model="toy:build_model", data="toy:build_data")
-        pipeline = Pipeline(
-            name="toy", task=task, stages=[Stage("train", uses="train")], storage=storage, root=tmp_path / name
-        )
-        return pipeline.storage_folder, mirror_of(pipeline)
-
-    return make
 
 
 def make_node(store: Path, **files: str) -> Path:
