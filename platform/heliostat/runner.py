@@ -143,6 +143,7 @@ def _run_plan(
         starting = session.start(address, log=log, root=pipeline.root, preload=preload)
         on_cluster = mirror.on_cluster() if address else nullcontext()
         with nullcontext(ray) if ray else starting as live, on_cluster:
+            session.import_all(preload)
             where = "this machine" if address is None else f"the cluster at {address}"
             check_fits(planned, live.capacity(), where=where)
             live.check_storage(planned)

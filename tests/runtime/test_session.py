@@ -18,8 +18,9 @@ SCRIPT = """
     from pathlib import Path
     from heliostat.runtime import session
     folder = Path(sys.argv[1])
-    with session.start(log=folder / "ray.log", root=folder, num_cpus=2) as live:
-        import ray
+    sys.path.append(sys.argv[1])
+    with session.start(log=folder / "ray.log", root=folder, num_cpus=2, preload=["slow"]) as live:
+        import ray, slow
 
         @ray.remote
         def speak():
@@ -37,6 +38,7 @@ SCRIPT = """
             ray.get(die.remote())
         except ray.exceptions.WorkerCrashedError:
             pass
+        print("preloaded", slow.since_before)
         print("capacity", live.capacity())
         print("to the terminal", file=sys.stderr)
         import os
@@ -45,8 +47,18 @@ SCRIPT = """
         {then}
 """
 
+SLOW = """
+    import threading, time
+    import ray
+    while not ray.is_initialized():
+        time.sleep(0.05)
+    time.sleep(0.3)
+    since_before = threading.current_thread() is not threading.main_thread()
+"""
+
 
 def start(folder: Path, then: str = "time.sleep(1.5)") -> subprocess.Popen:
+    (folder / "slow.py").write_text(textwrap.dedent(SLOW))
     script = textwrap.dedent(SCRIPT).format(then=then)
     command = [sys.executable, "-c", script, str(folder)]
     environment = os.environ | {"TMPDIR": str(folder / ("a-long-name-" * 10))}
@@ -87,7 +99,7 @@ def test_only_the_drivers_own_words_reach_the_terminal_and_the_log_has_the_rest(
     process = start(tmp_path)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert out.splitlines() == ["result 1", "capacity 2 CPUs"]
+    assert out.splitlines() == ["result 1", "preloaded True", "capacity 2 CPUs"]
     assert err.splitlines() == ["to the terminal"]
     log = (tmp_path / "ray.log").read_text()
     assert "a worker speaks" in log

@@ -64,9 +64,9 @@ def start(
     """Start an embedded Ray, or connect to the one at `address` (`auto`, `host:port`, `ray://host:port`).
 
     `root` is the folder of the user's modules; it is shipped to a cluster. The modules of `preload` are imported
-    meanwhile: for half of its start Ray waits. The embedded Ray ends with the block, and
-    with the process whatever ends it. The kernel ties it to the *thread* that enters the block: that thread must live
-    as long as the session. Raises SpecError when nothing answers at `address`.
+    meanwhile: for half of its start Ray waits. The embedded Ray ends with the block, and with the process whatever ends
+    it. The kernel ties it to the *thread* that enters the block: that thread must live as long as the session. Raises
+    SpecError when nothing answers at `address`.
     """
     import ray
 
@@ -74,7 +74,8 @@ def start(
     with ExitStack() as stack:
         sink = stack.enter_context(open(log, "a", buffering=1, encoding="utf-8", errors="replace"))
         stack.enter_context(_quiet(sink))
-        threading.Thread(target=_import_all, args=(list(preload),), name="preload", daemon=True).start()
+        preloading = threading.Thread(target=import_all, args=(list(preload),), name="preload", daemon=True)
+        preloading.start()
         temp = Path(f"/tmp/ray-{os.getuid()}")  # a Unix socket's path has 107 characters at most; TMPDIR may be long
         try:
             if address is None:
@@ -90,10 +91,13 @@ def start(
                 raise HeliostatError(f"an embedded Ray does not start: {error} (Ray's own log: {log})") from error
             raise SpecError(f"--address {address}: no Ray answers there: {error} (Ray's own log: {log})") from error
         stack.callback(_end, temp / Path(context.address_info["session_dir"]).name if address is None else None)
+        preloading.join()
         yield Session(embedded=address is None, log=log)
 
 
-def _import_all(modules: Iterable[str]) -> None:
+def import_all(modules: Iterable[str]) -> None:
+    """Before stages run, which may do so side by side: of modules that import each other in a circle, as Tune's and
+    Train's do, two threads at once get a half of them each, and an ImportError."""
     for module in modules:
         importlib.import_module(module)
 
