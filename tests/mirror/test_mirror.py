@@ -1,6 +1,7 @@
 """A store with a bucket behind it: what one machine made, another has; what arrives in part does not count."""
 
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -80,6 +81,25 @@ def test_a_node_whose_files_did_not_all_arrive_has_no_record_there(machine, s3, 
     monkeypatch.undo()
     mirror.send(folder)
     assert f"team/{NODE}/{RECORD}" in s3.objects()
+
+
+def test_what_is_older_arrives_first(machine, s3, monkeypatch):
+    store, mirror = machine("a")
+    folder = make_node(store, a="newest", b="newer", c="oldest")
+    for age, name in enumerate("abc"):
+        os.utime(folder / name, (1000 - age, 1000 - age))
+    opened = Path.open
+
+    def open_unless_newest(path, *arguments, **options):
+        if path.name == "a":
+            s3.stop()
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", open_unless_newest)
+    with pytest.raises(ArtifactError):
+        mirror.send(folder)
+    s3.start()
+    assert set(s3.objects()) == {f"team/{NODE}/{name}" for name in "bc"}
 
 
 def test_a_file_that_was_cut_short_there_makes_its_node_one_that_is_not_done(machine, s3):

@@ -40,13 +40,13 @@ Stamp = tuple[int, int]
 class Bucket:
     """A bucket, through Arrow's S3 client: credentials, region and endpoint are where AWS's own tools look for them.
 
-    `folder` is the store's on this machine; `sent` are the files in it that the bucket has as they are, as far as is
-    known. What is done is noted there. The methods of a Mirror raise as said there.
+    `folder` is the store's on this machine. The methods of a Mirror raise as said there.
     """
 
-    def __init__(self, url: str, folder: Path, *, sent: dict[Path, Stamp] | None = None) -> None:
+    def __init__(self, url: str, folder: Path) -> None:
         self._url, self._folder = url.rstrip("/"), folder
-        self._sent = {} if sent is None else sent
+        self.sent: dict[Path, Stamp] = {}
+        """The local files that the bucket has as they are, as far as is known."""
         self._fetching = threading.Lock()
         with self._reached(SpecError):
             from pyarrow.fs import FileSystem
@@ -75,7 +75,7 @@ class Bucket:
             list(pool.map(self._take_record, [path for path, _ in found if path.name == RECORD]))
         for path, there in found:
             if path.is_file() and path.stat().st_size == there.size:
-                self._sent[path] = _stamp(path)
+                self.sent[path] = _stamp(path)
         return {path: there.size for path, there in found}
 
     def fetch(self, folder: Path) -> None:
@@ -125,10 +125,10 @@ class Bucket:
     # --- one way and the other --------------------------------------------------------------------
 
     def _send_folder(self, folder: Path) -> None:
-        known = {path for path in tuple(self._sent) if path.is_relative_to(folder)}  # first: others may fetch meanwhile
+        known = {path for path in tuple(self.sent) if path.is_relative_to(folder)}  # first: others may fetch meanwhile
         present = dict(lasting_files(folder))
-        changed = [(path, stamp) for path, stamp in present.items() if self._sent.get(path) != stamp]
-        for path, _ in sorted(changed, key=_completes_last):
+        changed = [(path, stamp) for path, stamp in present.items() if self.sent.get(path) != stamp]
+        for path, _ in sorted(changed, key=_oldest_first):  # a checkpoint is of no use without the best one before it
             self._send_file(path)
         gone = known - present.keys()
         if not (changed or gone):
@@ -140,7 +140,7 @@ class Bucket:
                 with self._reached(), suppress(FileNotFoundError):  # another machine may tidy up too
                     self._bucket.delete_file(self._key(path))
         for path in gone:
-            self._sent.pop(path, None)
+            self.sent.pop(path, None)
 
     def _send_file(self, path: Path) -> None:
         try:
@@ -151,7 +151,7 @@ class Bucket:
             stamp = _stamp(path)
             with self._bucket.open_output_stream(self._key(path)) as sink:
                 shutil.copyfileobj(source, sink, CHUNK_BYTES)
-        self._sent[path] = stamp
+        self.sent[path] = stamp
 
     def _take_record(self, path: Path) -> None:
         """Let the record there count here, unless this one is of the same artifact and says more of it.
@@ -184,7 +184,7 @@ class Bucket:
         with self._reached(), self._bucket.open_input_stream(self._key(path)) as source, aside.open("wb") as sink:
             shutil.copyfileobj(source, sink, CHUNK_BYTES)
         aside.rename(path)
-        self._sent[path] = _stamp(path)
+        self.sent[path] = _stamp(path)
 
     def _listed(self, folder: Path, error: type[HeliostatError] = ArtifactError) -> list[tuple[Path, "FileInfo"]]:
         """All files below, each with the place that it has in the folder."""
@@ -253,6 +253,11 @@ def lasting_files(folder: Path) -> Iterator[tuple[Path, Stamp]]:
         for path in (Path(parent, name) for name in filter(_lasts, files)):
             with suppress(FileNotFoundError):  # it may be deleted while this looks
                 yield path, _stamp(path)
+
+
+def _oldest_first(changed: tuple[Path, Stamp]) -> tuple[bool, int]:
+    """But what completes others comes last."""
+    return _completes_last(changed), changed[1][1]
 
 
 def _completes_last(found: tuple[Path, object]) -> bool:

@@ -36,46 +36,54 @@ class Outpost:
         """See Carrier."""
         if not self._is_home:
             with _held(folder):
-                Bucket(self.url, self.store).take(folder, files)
+                self._open().take(folder, files)
 
     def fetch(self, folder: Path) -> None:
         """See Carrier."""
-        with self._bucket() as bucket:
+        with self._knowing(self._open()) as bucket:
             bucket.fetch(folder)
 
     def send(self, folder: Path) -> None:
         """See Carrier."""
-        with self._bucket() as bucket:
+        with self._knowing(self._open()) as bucket:
             bucket.send(folder)
 
     @contextmanager
     def following(self) -> Iterator[None]:
         """See Carrier."""
-        self.fetch(self.folder)
+        bucket = self._open()  # once: without a region or an endpoint, its client asks where the bucket is
+        with self._knowing(bucket):
+            bucket.fetch(self.folder)
         if self._is_home:
             yield
             return
-        with sending(self._send_all, self.folder):
-            yield
-        self._send_all()  # or nobody may go on
 
-    def _send_all(self) -> None:
-        self.send(self.folder)
+        def send() -> None:
+            with self._knowing(bucket):
+                bucket.send(self.folder)
+
+        with sending(send, self.folder):
+            yield
+        send()  # or nobody may go on
 
     @property
     def _is_home(self) -> bool:
         return self.mark.exists()
 
+    def _open(self) -> Bucket:
+        return Bucket(self.url, self.store)
+
     @contextmanager
-    def _bucket(self) -> Iterator[Bucket]:
-        """The bucket, knowing what processes of this machine have sent of the node's folder."""
+    def _knowing(self, bucket: Bucket) -> Iterator[Bucket]:
+        """The bucket, with what processes of this machine have sent of the node's folder so far; in turns."""
         with _held(self.folder):
             state = self._state()
-            sent = {self.folder / name: (size, at) for name, (size, at) in state.items()}
+            bucket.sent.clear()
+            bucket.sent.update({self.folder / name: (size, at) for name, (size, at) in state.items()})
             try:
-                yield Bucket(self.url, self.store, sent=sent)
+                yield bucket
             finally:
-                now = {path.relative_to(self.folder).as_posix(): list(stamp) for path, stamp in sent.items()}
+                now = {path.relative_to(self.folder).as_posix(): list(stamp) for path, stamp in bucket.sent.items()}
                 if now != state:
                     write_json(self.folder / STATE, {"run": self.mark.name, "sent": now})
 
