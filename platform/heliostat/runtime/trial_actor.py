@@ -139,7 +139,8 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         return self._run.answer()
 
     def cleanup(self) -> None:
-        self._end(wait=False)
+        """Workers beside this process hold CPUs, which only it gives back."""
+        self._end(wait=self.conditions.resources.workers_per_trial > 1)
 
     def _end(self, *, wait: bool) -> None:
         if self._run is not None:
