@@ -145,6 +145,15 @@ def test_how_far_a_model_can_be_split_is_read_off_its_layers(
     assert told in choice.reason
 
 
+def leave_checkpoint(folder: Path, *, is_spread: bool) -> None:
+    path = folder / f"epoch-00001.{'0' * 32}"
+    if is_spread:
+        path.mkdir()
+        (path / ".metadata").touch()
+    else:
+        Path(f"{path}.pt").touch()
+
+
 @pytest.mark.parametrize(
     ("are_spread", "gigabytes", "mesh"), [(None, 80, "ddp"), (True, 80, "fsdp"), (False, 80, "ddp"), (False, 0, "ddp")]
 )
@@ -154,7 +163,7 @@ def test_a_training_that_goes_on_keeps_to_the_form_of_its_checkpoints(
     monkeypatch.setattr(auto, "from_first_worker", lambda value, world: value)
     monkeypatch.setattr(auto, "devices_of", lambda world: tuple(gpus(1, world.size, gigabytes)))
     if are_spread is not None:
-        (tmp_path / f"epoch-00001.{'0' * 32}{'' if are_spread else '.pt'}").touch()
+        leave_checkpoint(tmp_path, is_spread=are_spread)
     rule = LossRule(lambda outputs, batch: outputs.sum(), precision="fp32", device=torch.device("cpu"))
     found = auto.choose_strategy(
         layers(4, 4),
@@ -169,7 +178,7 @@ def test_a_training_that_goes_on_keeps_to_the_form_of_its_checkpoints(
 
 
 def test_one_worker_cannot_go_on_from_parts(tmp_path: Path) -> None:
-    (tmp_path / f"epoch-00001.{'0' * 32}").mkdir()
+    leave_checkpoint(tmp_path, is_spread=True)
     with pytest.raises(StageError, match="of a model spread over workers; take 2 workers or more"):
         auto.choose_strategy(
             layers(4, 4),

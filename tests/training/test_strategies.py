@@ -146,7 +146,10 @@ def test_what_some_workers_left_others_take_up_and_train_the_same_curve(
     trained: Any, tmp_path: Path, name: str, before: int, after: int
 ) -> None:
     start(tmp_path, name, before, "begun")
+    killed_while_writing = tmp_path / f"begun-{name}-{before}" / "epoch-00001.0123abcd.tmp"
+    killed_while_writing.mkdir()
     start(tmp_path, name, after, str(before))
+    assert not killed_while_writing.exists()
     resumed = torch.load(tmp_path / f"{name}-{before}-to-{after}.pt", weights_only=True)
     assert_same_curve(resumed, trained("single", 1)["transformer"])
 

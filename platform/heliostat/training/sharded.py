@@ -8,6 +8,7 @@ Workers need not see one folder. On each machine the first of those who share on
 first of all does so when the others have, and none deletes an older checkpoint before that. Who reads fetches the rest.
 """
 
+import shutil
 import uuid
 from collections import ChainMap
 from collections.abc import Mapping
@@ -49,6 +50,8 @@ def save_parts(
         dist.barrier()
     if is_first_here:
         checkpoints.prune(newest=name)
+        for unfinished in checkpoints.folder.glob("epoch-?????.????????.tmp"):  # of who was killed while it wrote
+            shutil.rmtree(unfinished)
 
 
 def _make_first(folder: Path, *, world: World) -> bool:
