@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from heliostat.training.checkpoints import Checkpoints, State, digest_parts, folder_name
 from heliostat.training.trainee import Trainee
@@ -82,8 +83,7 @@ def restore_parts(
         newest, plain = best, plain_of_best
     weights = _read_best(best, trainee)
     metadata = FileSystemReader(newest).read_metadata().state_dict_metadata
-    tensors = _tensors(trainee) | _missing_optimizer_state(trainee, metadata)
-    load(tensors, checkpoint_id=newest)
+    tensors = _read(newest, _tensors(trainee) | _missing_optimizer_state(trainee, metadata))
     trainee.parallel.module.load_state_dict(_below("model.", tensors))
     for name, value in _below("optimizer.", tensors).items():
         parameter, _, field = name.rpartition(".")
@@ -132,7 +132,7 @@ def _missing_optimizer_state(trainee: Trainee, metadata: Mapping[str, Any]) -> d
         name, _, _field = key.removeprefix("optimizer.").rpartition(".")
         if key.startswith("optimizer.") and name in parameters:
             like = parameters[name].detach()
-            whole = saved.size == like.shape and like.dim() > 0
+            whole = len(saved.size) > 0 and saved.size.numel() == like.numel()
             empty[key] = torch.zeros_like(like) if whole else torch.zeros(saved.size, dtype=saved.properties.dtype)
     return empty
 
@@ -140,9 +140,30 @@ def _missing_optimizer_state(trainee: Trainee, metadata: Mapping[str, Any]) -> d
 def _read_best(folder: Path, trainee: Trainee) -> dict[str, Tensor]:
     """The weights that count of a checkpoint, as this worker has them."""
     tensors = {key: t for key, t in _tensors(trainee).items() if not key.startswith("optimizer.")}
-    copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
-    load(copies, checkpoint_id=folder)
+    copies = _read(folder, {key: tensor.detach().clone() for key, tensor in tensors.items()})
     return {**_below("model.", copies), **_below("ema.", copies)}
+
+
+def _read(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What was saved under the names of the tensors: in them, or in others that are spread as they are.
+
+    Others for what is one matrix under some numbers of workers and three under others, as in `tp_attention.py`.
+    """
+    saved: Mapping[str, Any] = FileSystemReader(folder).read_metadata().state_dict_metadata
+    read = dict(tensors)
+    for name, tensor in tensors.items():
+        if name in saved and saved[name].size != tensor.shape and saved[name].size.numel() == tensor.numel():
+            read[name] = torch.empty(saved[name].size, dtype=tensor.dtype)
+    load(read, checkpoint_id=folder)
+    return {name: tensor if read[name] is tensor else _like(tensor, read[name]) for name, tensor in tensors.items()}
+
+
+def _like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """The same values in the shape of the tensor, of which each worker has the part that it has of that."""
+    values = whole.reshape(tensor.shape).to(tensor.device)
+    if not isinstance(tensor, DTensor):
+        return values
+    return distribute_tensor(values, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
