@@ -69,15 +69,18 @@ def test_links_that_were_made_are_not_made_again(toy, heliostat_in, kill_when):
     weights = [torch.load(folder / "weights.pt", weights_only=True) for folder in made()]
     sizes = [sum(tensor.numel() for tensor in tensors.values()) for tensors in weights]
 
-    done = subprocess.run(
-        [*cli.command, "run", "toy.yaml", "--json"],
-        cwd=toy.folder,
-        env={**cli.environment, "TOY_TRAININGS": str(trainings)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    def run(*arguments):
+        return subprocess.run(
+            [*cli.command, "run", "toy.yaml", *arguments, "--json"],
+            cwd=toy.folder,
+            env={**cli.environment, "TOY_TRAININGS": str(trainings)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    done = run()
     assert done.returncode == 0, done.stderr
     (small,) = (node for node in json.loads(done.stdout)["nodes"] if node["name"] == "small")
     details = json.loads(Path(small["path"], "record.json").read_text())["details"]
@@ -90,15 +93,7 @@ def test_links_that_were_made_are_not_made_again(toy, heliostat_in, kill_when):
     # and any of them is made again when a trial is, aside from the others
     trials = json.loads(Path(small["path"], "trials.json").read_text())
     pruned = next(trial["id"] for trial in trials if trial["params"]["step_1"] == "prune")
-    again = subprocess.run(
-        [*cli.command, "run", "toy.yaml", "--trial", pruned, "--json"],
-        cwd=toy.folder,
-        env={**cli.environment, "TOY_TRAININGS": str(trainings)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    again = run("--trial", pruned)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["identical"]
     assert len(trainings.read_text().split()) == sum(began.values()) + 1

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,27 @@ def save(folder: Path, epoch: int, *, is_best: bool = False) -> None:
     checkpoints.flush()
 
 
+@pytest.fixture
+def stopped_at(s3, monkeypatch):
+    """In its block the bucket goes away when the file of a name is to be sent; afterwards it is there again."""
+
+    @contextmanager
+    def stopped_at(name):
+        opened = Path.open
+
+        def open_unless_named(path, *arguments, **options):
+            if path.name == name:
+                s3.stop()
+            return opened(path, *arguments, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "open", open_unless_named)
+            yield
+        s3.start()
+
+    return stopped_at
+
+
 def epochs(names) -> list[int]:
     return sorted(int(Path(name).name.split("-")[1].split(".")[0]) for name in names if "/epoch-" in str(name))
 
@@ -62,43 +83,24 @@ def test_a_finished_node_is_found_and_fetched_by_another_machine(machine, s3):
     assert (other / NODE / "code/toy.py").read_text() == "code"
 
 
-def test_a_node_whose_files_did_not_all_arrive_has_no_record_there(machine, s3, monkeypatch):
+def test_a_node_whose_files_did_not_all_arrive_has_no_record_there(machine, s3, stopped_at):
     store, mirror = machine("a")
     folder = make_node(store, a_first="1", z_last="2")
-    opened = Path.open
-
-    def open_unless_last(path, *arguments, **options):
-        if path.name == "z_last":
-            s3.stop()
-        return opened(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "open", open_unless_last)
-    with pytest.raises(ArtifactError, match=r"storage: s3://models/team: .*NETWORK_CONNECTION"):
+    with stopped_at("z_last"), pytest.raises(ArtifactError, match=r"storage: s3://models/team: .*NETWORK_CONNECTION"):
         mirror.send(folder)
-    s3.start()
     assert f"team/{NODE}/{RECORD}" not in s3.objects()
 
-    monkeypatch.undo()
     mirror.send(folder)
     assert f"team/{NODE}/{RECORD}" in s3.objects()
 
 
-def test_what_is_older_arrives_first(machine, s3, monkeypatch):
+def test_what_is_older_arrives_first(machine, s3, stopped_at):
     store, mirror = machine("a")
     folder = make_node(store, a="newest", b="newer", c="oldest")
     for age, name in enumerate("abc"):
         os.utime(folder / name, (1000 - age, 1000 - age))
-    opened = Path.open
-
-    def open_unless_newest(path, *arguments, **options):
-        if path.name == "a":
-            s3.stop()
-        return opened(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "open", open_unless_newest)
-    with pytest.raises(ArtifactError):
+    with stopped_at("a"), pytest.raises(ArtifactError):
         mirror.send(folder)
-    s3.start()
     assert set(s3.objects()) == {f"team/{NODE}/{name}" for name in "bc"}
 
 

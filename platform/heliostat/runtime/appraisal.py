@@ -10,11 +10,11 @@ Without passes only what the model costs is measured, which its training does no
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from heliostat.core.paths import overlay
 from heliostat.runtime.gate import Gate, gate_of_this_node
-from heliostat.runtime.training import data_args_of
+from heliostat.runtime.training import TrainedWork
 from heliostat.runtime.work import Conditions, OnEpoch, Trial, Warn, one_process
 from heliostat.training.config import TrainConfig
 
@@ -39,24 +39,15 @@ class Measure(Protocol):
 
 
 @dataclass(frozen=True)
-class Appraisal:
-    """Trainings of `train` with the trial's parameters laid over it, whose models are measured. One worker each."""
+class Appraisal(TrainedWork):
+    """Trainings whose models are measured. One worker each."""
 
-    train: TrainConfig
     measure: Measure
     compresses: bool
     """Whether it makes another model of the trial's, with figures of its own on `val`."""
     code_references: tuple[str, ...] = ()
     """Of the user's code that only the passes use."""
-    each_once = False
     judged_each_epoch = False
-
-    @property
-    def epochs(self) -> int:
-        return self.train.epochs
-
-    def data_args(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        return data_args_of(self.train, params)
 
     def do(self, trial: Trial, conditions: Conditions, *, on_epoch: OnEpoch, warn: Warn) -> None:
         config = overlay(self.train, trial.params)

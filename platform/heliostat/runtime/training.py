@@ -13,23 +13,30 @@ from heliostat.training.config import TrainConfig
 
 
 @dataclass(frozen=True)
-class Training:
-    """Trainings of `train` with the trial's parameters laid over it: in place, or in several workers.
-
-    With `folds` a trial is cross-validated on parts of `train`, the same for all, and its figures are means.
-    """
+class TrainedWork:
+    """What the kinds of work have in common that train by `train`, with the trial's parameters laid over it."""
 
     train: TrainConfig
-    folds: int | None = None
     each_once = False
-    judged_each_epoch = True
 
     @property
     def epochs(self) -> int:
         return self.train.epochs
 
     def data_args(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
-        return data_args_of(self.train, params)
+        mine = {path: value for path, value in params.items() if path.startswith("data_args.")}
+        return overlay(TrainConfig(data_args=self.train.data_args), mine).data_args
+
+
+@dataclass(frozen=True)
+class Training(TrainedWork):
+    """Trainings in place, or in several workers.
+
+    With `folds` a trial is cross-validated on parts of the training split, the same for all, and its figures are means.
+    """
+
+    folds: int | None = None
+    judged_each_epoch = True
 
     def do(self, trial: Trial, conditions: Conditions, *, on_epoch: OnEpoch, warn: Warn) -> None:
         config = overlay(self.train, trial.params)
@@ -54,12 +61,6 @@ class Training:
         else:
             folds = cut_folds(data, folds=self.folds, seed=conditions.seed)
             cross_validate(task, config, folds, world=world, seed=seed, on_epoch=on_epoch)
-
-
-def data_args_of(train: TrainConfig, params: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the data function is given, whatever else of the parameters makes a train config or does not."""
-    mine = {path: value for path, value in params.items() if path.startswith("data_args.")}
-    return overlay(TrainConfig(data_args=train.data_args), mine).data_args
 
 
 def _train_together(trial: Trial, conditions: Conditions, config: TrainConfig, bridge: "_Bridge") -> None:
