@@ -1,5 +1,6 @@
 """Scans of a model's layers: what the stages set by them, and what the record shows."""
 
+import json
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import torch
 
 from heliostat.compression.formats import load_model
 from heliostat.compression.size import num_params
-from heliostat.errors import StageError
+from heliostat.errors import SpecError, StageError
 from heliostat.stages.measure import measure_quality
 from heliostat.stages.passes import scan
 from heliostat.training.config import TrainConfig
@@ -67,14 +68,20 @@ def test_the_scan_prunes_as_far_as_the_limit_allows_and_no_further(bench, traine
     assert 0 < reached[0] < reached[1]
 
 
-@pytest.mark.parametrize("gradual_epochs", [0, 1])
-def test_the_scan_takes_heads_from_attention_as_it_takes_channels_from_other_layers(bench, gradual_epochs):
+@pytest.fixture
+def attentive(bench):
+    """The bench with a model of one block with attention of four heads, and the model after three epochs."""
     module = bench.root / "toy.py"
     module.write_text(module.read_text() + ATTENTION)
     attentive = replace(bench, task=bench.task.model_copy(update={"model": "toy:Attentive"}))
-    model = attentive.train(TrainConfig(epochs=3, optimizer={"lr": 0.01}))
+    return attentive, attentive.train(TrainConfig(epochs=3, optimizer={"lr": 0.01}))
+
+
+@pytest.mark.parametrize("gradual_epochs", [0, 2])
+def test_the_scan_takes_heads_from_attention_as_it_takes_channels_from_other_layers(attentive, gradual_epochs):
+    bench, model = attentive
     config = {"sparsity": 0.5, "gradual_epochs": gradual_epochs, "sensitivity": {}, "importance": "taylor"}
-    pruned = attentive.run("prune", config, model=model)
+    pruned = bench.run("prune", config, model=model)
     details, layers = pruned.record.details, ["block.self_attn", "block.linear1"]
     tried = [(row["layer"], row["sparsity"]) for row in details["sensitivity"]]
     assert tried == [(layers[0], level) for level in LEVELS] + [(layers[1], level) for level in (*LEVELS, 0.9)]
@@ -83,6 +90,24 @@ def test_the_scan_takes_heads_from_attention_as_it_takes_channels_from_other_lay
     assert details["pruned"].get("heads_left", {layers[0]: 4}) == {layers[0]: 4 - round(4 * heads)}
     assert details["pruned"]["channels_removed"][layers[1]] == round(16 * channels)
     assert details["parity"]["reload"]["max_abs_diff"] == 0
+
+
+def test_heads_go_step_by_step_as_channels_do(attentive):
+    bench, model = attentive
+    pruned = bench.run("prune", {"sparsity": 0.5, "head_sparsity": 0.75, "gradual_epochs": 5}, model=model)
+    history = json.loads((pruned.folder / "model.json").read_text())["history"]
+    heads = [step["layers"]["block.self_attn"] for step in history if step["op"] == "heads"]
+    assert [len(left) for left in heads] == [2, 1]
+    assert pruned.record.details["pruned"]["heads_left"] == {"block.self_attn": 1}
+    assert pruned.record.details["parity"]["reload"]["max_abs_diff"] == 0
+
+
+@pytest.mark.parametrize("what", ["sparsity", "head_sparsity"])
+def test_a_cut_that_leaves_a_layer_empty_is_refused_before_a_step_of_it_is_trained(attentive, what):
+    bench, model = attentive
+    with pytest.raises(SpecError, match=f"{what} 0.99 leaves"):
+        bench.run("prune", {what: 0.99, "gradual_epochs": 50}, model=model)
+    assert not list((bench.store / "prune").rglob("*.pt"))
 
 
 def test_a_limit_that_no_cut_keeps_is_refused(bench, trained, monkeypatch):

@@ -76,7 +76,8 @@ class PruneConfig(FineTuning):
     penalty: PenaltyConfig | None = None
     """Its threshold decides what goes, instead of `sparsity`."""
     gradual_epochs: NonNegativeInt = 0
-    """Epochs in which the sparsity rises from 0 by the cubic law; 0 is one shot. Channels go before each of them."""
+    """Epochs in which the sparsity rises from 0 by the cubic law; 0 is one shot. Channels and heads go before each of
+    them."""
     skip: tuple[str, ...] = ()
     """Patterns of layer names to leave alone, such as `stem.*`."""
 
@@ -129,7 +130,7 @@ def _check(config: PruneConfig, view: ConfigView) -> Iterator[str]:
     "prune",
     inputs={"model": "model"},
     output="model",
-    version=3,
+    version=4,
     measured="later",
     workload=lambda config: {"epochs": config.epochs},
     check=_check,

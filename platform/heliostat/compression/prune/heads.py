@@ -85,12 +85,18 @@ def attention_layers(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn
 
 
 def remove_heads(
-    model: nn.Module, *, sparsity: Sparsity, skip: Sequence[str] = (), backward: Backward | None = None
+    model: nn.Module,
+    *,
+    sparsity: Sparsity,
+    of: Mapping[str, int] | None = None,
+    skip: Sequence[str] = (),
+    backward: Backward | None = None,
 ) -> tuple[nn.Module, list[dict[str, Any]]]:
     """A copy of `model` with the fraction `sparsity` of the heads of every attention layer gone, and the history.
 
     Args:
         sparsity: in [0, 1), or for each attention layer by its name, to the nearest head.
+        of: how many heads each of them had before earlier cuts, which `sparsity` is then of.
         skip: patterns (as of `fnmatch`) of names of layers to leave alone.
         backward: rank heads by what it makes of the gradients of a copy of the model; without it, by their weights.
 
@@ -108,7 +114,7 @@ def remove_heads(
         backward(model)
     step: dict[str, Any] = {"op": "heads", "layers": {}}
     for name, layer in layers.items():
-        remaining = _left(sparsity, name, layer.num_heads)
+        remaining = _left(sparsity, name, layer.num_heads if of is None else of[name])
         if remaining < 1:
             raise SpecError(f"head_sparsity {sparsity} leaves {name!r} ({layer.num_heads} heads) without any")
         if remaining < layer.num_heads:

@@ -21,18 +21,16 @@ def cut(
     shop: Workshop, model: nn.Module, config: PruneConfig, sparsity: Sparsity
 ) -> tuple[nn.Module, Steps, Masks | None]:
     """The model pruned, the steps that rebuild its shapes, and the masks that keep its zeros."""
-    threshold = config.penalty.threshold if config.penalty else None
     if config.method == "semi_structured":
         return model, [], two_of_four(model, skip=config.skip)
     if config.method == "magnitude":
-        if threshold is not None:
-            return model, [], below(model, threshold=threshold, skip=config.skip)
+        if config.penalty is not None:
+            return model, [], below(model, threshold=config.penalty.threshold, skip=config.skip)
         return model, [], magnitude(model, sparsity=sparsity, scope=config.ranked, skip=config.skip)
     channels, heads = channels_and_heads(model, config, sparsity)
-    steps: Steps = []
-    if channels or threshold is not None:
-        model, steps = cut_channels(shop, model, config, None if threshold else channels, threshold=threshold)
-    return *cut_heads(shop, model, config, heads, steps), None
+    model, narrower = cut_channels(shop, model, config, channels)
+    model, fewer = cut_heads(shop, model, config, heads)
+    return model, [*narrower, *fewer], None
 
 
 def channels_and_heads(model: nn.Module, config: PruneConfig, sparsity: Sparsity) -> tuple[Sparsity, Sparsity]:
@@ -47,29 +45,32 @@ def channels_and_heads(model: nn.Module, config: PruneConfig, sparsity: Sparsity
 
 
 def cut_channels(
-    shop: Workshop, model: nn.Module, config: PruneConfig, sparsity: Sparsity | None, **more: Any
+    shop: Workshop, model: nn.Module, config: PruneConfig, sparsity: Sparsity, *, of: Mapping[str, int] | None = None
 ) -> tuple[nn.Module, Steps]:
-    """`structured`, as the config says."""
+    """`structured`, as the config says; the model as it is where no channels are to go."""
+    threshold = config.penalty.threshold if config.penalty else None
+    if threshold is None and not sparsity:
+        return model, []
     return structured(
         model,
         example=shop.example,
-        sparsity=sparsity,
+        sparsity=sparsity if threshold is None else None,
+        of=of,
+        threshold=threshold,
         importance=config.importance,
         backward=_gradients(shop, config),
         scope=config.ranked,
         skip=config.skip,
-        **more,
     )
 
 
 def cut_heads(
-    shop: Workshop, model: nn.Module, config: PruneConfig, sparsity: Sparsity, steps: Steps
+    shop: Workshop, model: nn.Module, config: PruneConfig, sparsity: Sparsity, *, of: Mapping[str, int] | None = None
 ) -> tuple[nn.Module, Steps]:
-    """The model without this part of its heads, and the steps up to there."""
+    """`remove_heads`, as the config says; the model as it is where none are to go."""
     if not sparsity:
-        return model, steps
-    model, fewer = remove_heads(model, sparsity=sparsity, skip=config.skip, backward=_gradients(shop, config))
-    return model, [*steps, *fewer]
+        return model, []
+    return remove_heads(model, sparsity=sparsity, of=of, skip=config.skip, backward=_gradients(shop, config))
 
 
 def _gradients(shop: Workshop, config: PruneConfig) -> Backward | None:
@@ -88,5 +89,5 @@ def described(steps: Sequence[Mapping[str, Any]], masks: Masks | None) -> dict[s
                 removed[name] = removed.get(name, 0) + len(channels)
             found["kept"] = step["kept"]
         else:
-            found["heads_left"] = {name: len(heads) for name, heads in step["layers"].items()}
+            found.setdefault("heads_left", {}).update({name: len(heads) for name, heads in step["layers"].items()})
     return found

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from heliostat.compression.layers import skipped
+from heliostat.compression.prune.heads import attention_layers
 from heliostat.compression.prune.masks import Ramp, Sparsity, risen
 from heliostat.compression.prune.penalty import group_lasso, l1
 from heliostat.compression.prune.structured import widths
@@ -39,9 +40,7 @@ def prune_model(shop: Workshop, source: Source, config: PruneConfig) -> StageRes
         details = {"sensitivity": table, "sparsities": sparsity}
     masks = None
     if config.gradual_epochs and config.method == "structured":
-        channels, heads = channels_and_heads(model, config, sparsity)
-        model, steps, rows = _cut_step_by_step(shop, model, config, channels)
-        model, steps = cut_heads(shop, model, config, heads, steps)
+        model, steps, rows = _cut_step_by_step(shop, model, config, sparsity)
     else:
         rows = _make_sparse(shop, model, config, sparsity)
         model, steps, masks = cut(shop, model, config, sparsity)
@@ -90,18 +89,23 @@ def _penalized(shop: Workshop, model: nn.Module, config: PruneConfig, penalized:
 def _cut_step_by_step(
     shop: Workshop, model: nn.Module, config: PruneConfig, sparsity: Sparsity
 ) -> tuple[nn.Module, Steps, Rows]:
-    """Some channels go, then the smaller network is trained for an epoch, and so on: what is left learns to do without.
+    """Some channels and heads go, then the smaller network is trained for an epoch, and so on: what is left learns to
+    do without.
 
     Each epoch is a training of its own, since the optimizer's state has the shapes of the network.
     """
-    before = widths(model, example=shop.example, importance=config.importance, skip=config.skip)
+    cut(shop, model, config, sparsity)  # raises for what cannot go, before anything is trained
+    channels, heads = channels_and_heads(model, config, sparsity)
+    num_channels = widths(model, example=shop.example, importance=config.importance, skip=config.skip)
+    num_heads = {name: layer.num_heads for name, layer in attention_layers(model, config.skip).items()}
     one_epoch = config.changed(shop.recipe, epochs=1, scheduler=SchedulerConfig())
     steps: Steps = []
     rows: Rows = []
     for epoch in range(1, config.gradual_epochs + 1):
-        reached = risen(sparsity, epoch / config.gradual_epochs)
-        model, more = cut_channels(shop, model, config, reached, of=before)
-        steps += [step for step in more if step["groups"]]
+        part = epoch / config.gradual_epochs
+        model, narrower = cut_channels(shop, model, config, risen(channels, part), of=num_channels)
+        model, fewer = cut_heads(shop, model, config, risen(heads, part), of=num_heads)
+        steps += [*(step for step in narrower if step["groups"]), *fewer]
         seeded = replace(shop, seed=derive_seed(shop.seed, epoch))
         rows += seeded.fine_tune(model, one_epoch, phase=f"sparse-{epoch}", keep="last", earlier=len(rows)).history
     return model, steps, rows
