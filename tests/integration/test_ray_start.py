@@ -41,6 +41,7 @@ def cluster(eventually, processes_with):
     gcs, dashboard, client, *agents = free_ports(5)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     environment |= {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    environment["RAY_worker_niceness"] = os.environ["RAY_worker_niceness"]
     starter = {**environment, "RAY_AUTH_MODE": "token"}
     subprocess.run([RAY, "get-auth-token", "--generate"], env=starter, check=True, capture_output=True)
     head = f"--head --port {gcs} --dashboard-port {dashboard} --ray-client-server-port {client} --temp-dir {home}/t"

@@ -80,6 +80,7 @@ def _explain(config: CompressConfig, view: ConfigView) -> Mapping[str, str]:
     "compress",
     inputs={"model": "model"},
     output="model",
+    version=2,
     place="driver",
     needs=lambda resources: Need(1, resources.per_worker),
     workload=lambda config: {"trials": config.method[1]},
@@ -167,7 +168,7 @@ def _search(context: StageContext, config: CompressConfig, objectives: Objective
         _forget_failures(context.shelf)
     algorithm, trials = config.method
     budget = Budget(trials, config.wall_time_s)
-    search = Search(config.space, algorithm, budget, objectives, start_from=[config.untouched])
+    search = Search(config.space, algorithm, budget, objectives, start_from=config.first)
     return run_search(context, search, work_of(context, config))
 
 

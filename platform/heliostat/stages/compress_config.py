@@ -91,6 +91,17 @@ class CompressConfig(Demands):
         """The point at which every step is left out."""
         return dict.fromkeys(self.space.dimensions, NOTHING)
 
+    @property
+    def first(self) -> list[dict[str, Any]]:
+        """The points to try first: the uncompressed model, and where all chains are tried, then the shorter before the
+        longer ones. What a chain begins with is a chain too, so it is there by then: else all the trials that begin
+        alike would come at once, and wait for the one that makes the beginning.
+        """
+        if self.method[0] != "grid":
+            return [self.untouched]
+        names = tuple(self.space.dimensions)
+        return sorted(self.space.grid(), key=lambda point: sum(point[name] != NOTHING for name in names))
+
     def steps(self, params: Mapping[str, Any]) -> list[Step]:
         """The chain at a point. Raises SpecError for a config that its pass does not take."""
         chain = []
