@@ -39,9 +39,9 @@ def cluster(eventually, processes_with):
     """Two nodes of one CPU each, with a token, ports and a home of their own; only their own processes are ended."""
     home = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # a Unix socket's path has 107 characters at most
     gcs, dashboard, client, *agents = free_ports(5)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = {"RAY_worker_niceness"}
+    environment = {n: value for n, value in os.environ.items() if not n.startswith("RAY_") or n in kept}
     environment |= {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    environment["RAY_worker_niceness"] = os.environ["RAY_worker_niceness"]
     starter = {**environment, "RAY_AUTH_MODE": "token"}
     subprocess.run([RAY, "get-auth-token", "--generate"], env=starter, check=True, capture_output=True)
     head = f"--head --port {gcs} --dashboard-port {dashboard} --ray-client-server-port {client} --temp-dir {home}/t"

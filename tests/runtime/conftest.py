@@ -16,6 +16,8 @@ from heliostat.core.stage import StageContext
 from heliostat.runtime import session
 from heliostat.training.config import TrainConfig
 
+ONE_AT_A_TIME = Resources(max_concurrent_trials=1)
+"""Each process of a search takes seconds to start."""
 SPACE = {"optimizer.lr": {"loguniform": [1e-3, 1e-1]}, "model_args.width": {"choice": [2, 4, 8]}}
 
 TOY = """
@@ -130,7 +132,7 @@ def reporter() -> RecordingReporter:
 
 @pytest.fixture
 def run(task, root, tmp_path, reporter):
-    """A search over the toy's space, with the changes that a test names."""
+    """A search over the toy's space, one trial at a time, with the changes that a test names."""
     from heliostat.runtime.ledger import Budget
     from heliostat.runtime.search import Search, run_search
     from heliostat.runtime.training import Training
@@ -147,7 +149,7 @@ def run(task, root, tmp_path, reporter):
         train=None,
         folds=None,
         folder=tmp_path,
-        resources=None,
+        resources=ONE_AT_A_TIME,
         reporter=reporter,
         cancel=None,
         retries=0,
@@ -159,7 +161,7 @@ def run(task, root, tmp_path, reporter):
             root=root,
             task=task,
             seed=0,
-            resources=resources or Resources(),
+            resources=resources,
             inputs={},
             reporter=reporter,
             retries=retries,

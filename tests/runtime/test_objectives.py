@@ -53,7 +53,6 @@ SETTINGS = {
     "space": SPACE,
     "objectives": TWO,
     "trials": 10,
-    "resources": ONE_AT_A_TIME,
     "train": TrainConfig(epochs=1, batch_size=16),
 }
 

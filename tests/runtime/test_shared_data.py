@@ -67,6 +67,7 @@ def test_data_is_built_once_for_all_trials_that_want_the_same(run, counted, root
         space={"data_args.noise": {"grid": [0.0, 0.5]}, "model_args.width": {"grid": [2, 4, 8]}},
         trials=6,
         folds=2,
+        resources=Resources(),  # in two processes
     )
     assert [trial.status for trial in outcome.trials] == ["done"] * 6
     assert calls(root) == ["plain 0.0", "plain 0.5"]
@@ -78,9 +79,7 @@ def test_a_trial_maps_the_data_instead_of_copying_it(run, counted):
 
 
 def test_data_that_cannot_travel_is_built_once_in_each_process(run, counted, root):
-    outcome = run(
-        task=counted, trials=3, space={"data_args.kind": "closed"}, resources=Resources(max_concurrent_trials=1)
-    )
+    outcome = run(task=counted, trials=3, space={"data_args.kind": "closed"})
     assert [trial.status for trial in outcome.trials] == ["done"] * 3
     assert calls(root) == ["closed 0.0"] * 2
 

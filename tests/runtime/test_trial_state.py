@@ -6,14 +6,13 @@ import textwrap
 import pytest
 import torch
 
-from heliostat.core.spec import Resources, Task
+from heliostat.core.spec import Task
 from heliostat.runtime.ledger import trial_seed
 from heliostat.training.config import TrainConfig
 from heliostat.training.seeding import seed_everything
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-ONE_AT_A_TIME = Resources(max_concurrent_trials=1)
 
 MESSY = """
     import os, random, sys, warnings
@@ -85,7 +84,6 @@ def test_a_trial_sees_nothing_of_what_the_ones_before_did_to_their_process(run):
         task=Task(model="messy:build_model", data="messy:build_data", train_fn="messy:train"),
         algorithm="grid",
         space={"model_args.mess": {"grid": [False, True, False]}},
-        resources=ONE_AT_A_TIME,
     )
     before, mess, after = (dict(trial.history[-1][1]) for trial in outcome.trials)
     assert {name for name in before if mess[name] == before[name]} <= {"pid", "val_loss", "seconds"}
@@ -104,7 +102,6 @@ def test_two_hundred_trials_leave_no_memory_behind(run, task):
         trials=200,
         space={"optimizer.lr": {"loguniform": [1e-4, 1e-2]}, "model_args.width": 8192},
         train=TrainConfig(epochs=1, batch_size=32),
-        resources=ONE_AT_A_TIME,
     )
     assert [trial.status for trial in outcome.trials] == ["done"] * 200
     used = [trial.metrics["val_rss_mb"] for trial in outcome.trials]

@@ -18,8 +18,6 @@ from heliostat.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-ONE_AT_A_TIME = Resources(max_concurrent_trials=1)
-
 
 @pytest.fixture
 def with_metric(task):
@@ -33,7 +31,7 @@ def events(folder, kind):
 
 @pytest.mark.parametrize("algorithm", ["random", "bayesian"])
 def test_every_trial_is_trained_reported_and_the_best_is_chosen(run, reporter, algorithm):
-    outcome = run(algorithm=algorithm)
+    outcome = run(algorithm=algorithm, resources=Resources())  # two at a time
     assert [trial.id for trial in outcome.trials] == ["0001", "0002", "0003", "0004"] == sorted(reporter.started)
     assert all(trial.status == "done" and trial.epochs == 2 for trial in outcome.trials)
     assert outcome.best.metrics["val_loss"] == min(row["val_loss"] for t in outcome.trials for _, row in t.history)
@@ -51,9 +49,9 @@ def test_a_trial_gives_the_same_figures_whatever_ran_in_its_process_before(run, 
     space = {"model_args.width": {"grid": [2, 4, 8]}}
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    once = run(algorithm="grid", space=space, folder=tmp_path / "a", resources=ONE_AT_A_TIME)
+    once = run(algorithm="grid", space=space, folder=tmp_path / "a")
     reversed_space = {"model_args.width": {"grid": [8, 4, 2]}}
-    again = run(algorithm="grid", space=reversed_space, folder=tmp_path / "b", resources=ONE_AT_A_TIME)
+    again = run(algorithm="grid", space=reversed_space, folder=tmp_path / "b")
     (first,) = (t for t in once.trials if t.id == "0002")
     (second,) = (t for t in again.trials if t.id == "0002")
     assert first.params == second.params
@@ -82,7 +80,7 @@ def test_an_objective_that_nobody_reports_is_named_with_what_is_reported(run):
 
 def test_a_trial_whose_process_died_begins_anew_as_often_as_it_may(run, tmp_path, reporter):
     once = {"model_args.once": {"grid": [str(tmp_path / "one"), str(tmp_path / "two")]}}
-    outcome = run(algorithm="grid", space=once, resources=ONE_AT_A_TIME, retries=1)
+    outcome = run(algorithm="grid", space=once, retries=1)
     assert [(trial.status, trial.epochs) for trial in outcome.trials] == [("done", 2), ("done", 2)]
     assert [event["id"] for event in events(tmp_path, "restarted")] == ["0001", "0002"]
     died = "its process was killed or crashed; it begins anew"
@@ -107,7 +105,7 @@ def test_a_trial_that_hangs_has_failed_and_is_told_where_it_was(run, tmp_path):
 
 def test_a_process_that_dies_each_time_is_a_failed_trial_and_bad_code_is_not_tried_again(run, tmp_path):
     space = {"model_args.fail": {"grid": ["kill", "raise", None]}, "model_args.builds": str(tmp_path / "builds")}
-    outcome = run(algorithm="grid", space=space, resources=ONE_AT_A_TIME, retries=1)
+    outcome = run(algorithm="grid", space=space, retries=1)
     assert [trial.status for trial in outcome.trials] == ["failed", "failed", "done"]
     assert "killed or crashed" in outcome.trials[0].reason
     assert (tmp_path / "builds").read_text().split() == ["built"] * 4  # twice, once, once
@@ -125,7 +123,6 @@ def test_asha_stops_trials_that_fall_behind(run, reporter):
         space={"optimizer.lr": {"grid": [0.05, 1e-9, 1e-9, 1e-9]}},
         train=TrainConfig(epochs=4, batch_size=8),
         scheduler=AshaSettings(1, 2),
-        resources=ONE_AT_A_TIME,
     )
     assert outcome.trials[0].status == "done"
     stopped = [trial for trial in outcome.trials if trial.status == "stopped"]
@@ -140,7 +137,6 @@ def test_all_folds_of_a_trial_stop_together_at_a_rung_by_their_mean(run):
         space={"optimizer.lr": {"grid": [0.05, 1e-9, 1e-9]}},
         train=TrainConfig(epochs=4, batch_size=8),
         scheduler=AshaSettings(1, 2),
-        resources=ONE_AT_A_TIME,
         folds=4,
     )
     assert outcome.best.id == "0001"
@@ -175,7 +171,6 @@ def test_an_interrupted_search_makes_the_suggestions_of_an_uninterrupted_one(run
         "algorithm": "bayesian",
         "trials": 8,
         "scheduler": scheduler,
-        "resources": ONE_AT_A_TIME,
         "train": TrainConfig(epochs=4, batch_size=16),
     }
     (tmp_path / "whole").mkdir()
@@ -205,7 +200,7 @@ def test_the_history_is_told_of_an_end_before_the_journal_has_it(run, tmp_path, 
         def trial_ended(self, trial, status, **more):
             ended.append((trial, [event["id"] for event in events(tmp_path, "ended")]))
 
-    run(trials=2, reporter=Checking(), resources=ONE_AT_A_TIME)
+    run(trials=2, reporter=Checking())
     assert ended == [("0001", []), ("0002", ["0001"])]
 
 
@@ -222,7 +217,7 @@ def test_interrupting_leaves_a_journal_that_the_search_goes_on_from(run, tmp_pat
     threading.Thread(target=lambda: (reporter.on_row.wait(60), time.sleep(0.5), cancel.set())).start()
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run(algorithm="grid", space=slow, cancel=cancel, resources=ONE_AT_A_TIME)
+        run(algorithm="grid", space=slow, cancel=cancel)
     assert time.monotonic() - started < 60
     assert [event["id"] for event in events(tmp_path, "ended")] == ["0001"]
     assert [event["id"] for event in events(tmp_path, "suggested")] == ["0001", "0002"]
@@ -233,7 +228,7 @@ LONG = TrainConfig(epochs=10_000, batch_size=1)
 
 def test_a_search_ends_with_the_first_trial_that_reaches_the_target(run, reporter):
     target = [Bound("val_loss", 10.0, "min"), Bound("val_accuracy", 0.0, "max")]
-    outcome = run(train=LONG, target=target, resources=ONE_AT_A_TIME)
+    outcome = run(train=LONG, target=target)
     assert outcome.ended_by == "target"
     assert [trial.status for trial in outcome.trials] == ["stopped"]
     assert reporter.ended == {"0001": ("stopped", None)}
@@ -244,12 +239,12 @@ def test_a_search_ends_with_the_first_trial_that_reaches_the_target(run, reporte
 def test_when_its_time_is_over_a_search_ends_with_the_best_so_far(run, reporter, monkeypatch):
     after_a_row = property(lambda journal: 1e9 if reporter.on_row.is_set() else 0.0)
     monkeypatch.setattr(Journal, "spent_s", after_a_row)
-    outcome = run(train=LONG, wall_time_s=60, resources=ONE_AT_A_TIME)
+    outcome = run(train=LONG, wall_time_s=60)
     assert (outcome.ended_by, [trial.status for trial in outcome.trials]) == ("wall time", ["stopped"])
 
 
 def test_time_spent_before_an_interruption_counts(run, tmp_path, reporter):
-    run(trials=2, resources=ONE_AT_A_TIME)
+    run(trials=2)
     path = tmp_path / "journal.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["spent_s"] for line in lines] == sorted(line["spent_s"] for line in lines)
@@ -293,7 +288,5 @@ def test_a_process_that_is_killed_from_outside_costs_its_trial_alone(run, with_m
         os.kill(int(row["val_pid"]), signal.SIGKILL)
 
     threading.Thread(target=kill).start()
-    outcome = run(
-        task=with_metric("toy:pid"), trials=3, train=TrainConfig(epochs=300, batch_size=1), resources=ONE_AT_A_TIME
-    )
+    outcome = run(task=with_metric("toy:pid"), trials=3, train=TrainConfig(epochs=300, batch_size=1))
     assert [trial.status for trial in outcome.trials] == ["failed", "done", "done"]
