@@ -148,10 +148,6 @@ def test_the_chain_that_is_found_keeps_to_the_limits_and_beats_plain_quantizatio
     assert {status for status, _ in reporter.ended.values()} == {"done"}
     assert len(reporter.started) == 9
 
-    # what long chains begin with is there before them, so nobody waits for it
-    passes = [row["chain"].count("(") for row in found.details["chains"]]
-    assert passes == sorted(passes)
-
     # and can be made again, from the first pass on
     config = CompressConfig.model_validate({**LIMITS, "passes": [SPARSITIES, METHODS], "trials": 9})
     trial = found.details["chosen"].partition(" ")[0]

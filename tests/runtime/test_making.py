@@ -1,4 +1,4 @@
-"""An engine that suggests no point twice."""
+"""An engine that suggests no point twice, and puts off what would wait for another trial."""
 
 import pytest
 
@@ -12,8 +12,13 @@ SMALL = Space.parse(
 )
 
 
+def alone(point):
+    """No two points have a part in common."""
+    return [str(point)]
+
+
 def suggestions(algorithm, count, *, start=()):
-    engine = Distinct(engines()[algorithm].make(SMALL, num_objectives=2, seed=0, trials=count), SMALL, seed=0)
+    engine = Distinct(engines()[algorithm].make(SMALL, num_objectives=2, seed=0, trials=count), SMALL, alone, seed=0)
     points = []
     for index in range(count):
         trial = f"{index:04d}"
@@ -42,8 +47,39 @@ def test_the_same_seed_and_outcomes_give_the_same_suggestions():
 
 
 def test_what_runs_at_the_moment_is_not_suggested_again():
-    engine = Distinct(engines()["random"].make(SMALL, num_objectives=1, seed=0, trials=8), SMALL, seed=0)
+    engine = Distinct(engines()["random"].make(SMALL, num_objectives=1, seed=0, trials=8), SMALL, alone, seed=0)
     points = [engine.suggest(f"{index:04d}") for index in range(8)]
     assert len({str(point) for point in points}) == 8
     assert engine.suggest("0008") is None
     assert all(point in SMALL.grid() for point in points)
+
+
+PAIRS = Space.parse({"first": {"choice": ["x", "y", "z"]}, "then": {"choice": [1, 2]}})
+
+
+def beginnings(point):
+    return [point["first"], f"{point['first']}{point['then']}"]
+
+
+def test_what_another_trial_is_making_is_put_off_and_comes_once_it_is_there():
+    engine = Distinct(engines()["grid"].make(PAIRS, num_objectives=1, seed=0, trials=6), PAIRS, beginnings, seed=0)
+    named = lambda point: f"{point['first']}{point['then']}"  # noqa: E731
+    assert [named(engine.suggest(trial)) for trial in ("1", "2", "3")] == ["x1", "y1", "z1"]
+    engine.observe("2", Costs((1.0,)))
+    assert named(engine.suggest("4")) == "y2"
+    assert named(engine.suggest("5")) == "x2"  # there is none that need not wait
+    engine.observe("3", None)
+    assert named(engine.suggest("6")) == "z2"
+    assert engine.suggest("7") is None
+
+
+@pytest.mark.parametrize("algorithm", ["grid", "random", "optuna_tpe"])
+def test_every_point_comes_once_however_many_trials_run_at_a_time(algorithm):
+    engine = Distinct(engines()[algorithm].make(PAIRS, num_objectives=1, seed=0, trials=6), PAIRS, beginnings, seed=0)
+    points, running = [], []
+    while (point := engine.suggest(str(len(points)))) is not None:
+        running.append(str(len(points)))
+        points.append(point)
+        if len(running) == 2:
+            engine.observe(running.pop(0), Costs((float(len(points)),)))
+    assert sorted(points, key=str) == sorted(PAIRS.grid(), key=str)

@@ -17,11 +17,10 @@ from heliostat.core.objective import Objectives
 from heliostat.core.space import Space
 from heliostat.core.stage import StageContext
 from heliostat.errors import StageError
-from heliostat.runtime.engines import Engine, engines
+from heliostat.runtime.engines import engines
 from heliostat.runtime.failures import commonest
 from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Budget, Cause, Ledger
-from heliostat.runtime.making import Distinct
 from heliostat.runtime.shared_data import DataProvider, shared_data
 from heliostat.runtime.work import Conditions, Work
 
@@ -81,11 +80,10 @@ def _run(context: StageContext, search: Search, work: Work, provider: DataProvid
 
     objectives, budget, first = search.objectives, search.budget, search.objectives.first
     concurrent = concurrent_trials(context.resources)
-    engine: Engine = engines()[search.algorithm].make(
+    engine = engines()[search.algorithm].make(
         search.space, num_objectives=len(objectives.ordered), seed=context.seed, trials=budget.trials
     )
-    if work.each_once:
-        engine = Distinct(engine, search.space, seed=context.seed)
+    engine = work.engine(engine, search.space, seed=context.seed)
     judge = make_scheduler(search.scheduler, epochs=work.epochs, mode=first.mode) if search.scheduler else None
     compared_at = judge.compared_at if judge else ()
     journal = Journal(context.folder / "journal.jsonl")

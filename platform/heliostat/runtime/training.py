@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from heliostat.core.paths import overlay
+from heliostat.core.space import Space
 from heliostat.core.stage import Unheard
+from heliostat.runtime.engines import Engine
 from heliostat.runtime.work import Conditions, OnEpoch, Trial, Warn, one_process
 from heliostat.training.config import TrainConfig
 
@@ -17,7 +19,9 @@ class TrainedWork:
     """What the kinds of work have in common that train by `train`, with the trial's parameters laid over it."""
 
     train: TrainConfig
-    each_once = False
+
+    def engine(self, engine: Engine, space: Space, *, seed: int) -> Engine:
+        return engine
 
     @property
     def epochs(self) -> int:

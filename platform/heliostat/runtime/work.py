@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from heliostat.core.space import Space
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import StageContext
+from heliostat.runtime.engines import Engine
 from heliostat.runtime.hang import NOTE, ended_if_it_hangs
 from heliostat.runtime.shared_data import SharedData
 
@@ -70,10 +72,11 @@ class Conditions:
 class Work(Protocol):
     """What a trial does."""
 
-    each_once: bool
-    """A trial's outcome depends on nothing but its parameters, so no point is tried twice."""
     judged_each_epoch: bool
     """Each row has the metric that trials are compared by."""
+
+    def engine(self, engine: Engine, space: Space, *, seed: int) -> Engine:
+        """What leads a search for such work: the engine that the file asks for, or one around it."""
 
     @property
     def epochs(self) -> int:

@@ -24,12 +24,10 @@ from heliostat.stages.checks import check_trainable
 from heliostat.stages.choosing import candidates_table, check_demands
 from heliostat.stages.compress_config import (
     MADE,
-    NOTHING,
     CompressConfig,
     Link,
     check_steps,
     links_of,
-    settings_of,
 )
 from heliostat.stages.trials_file import write_trials
 from heliostat.stages.tune_config import COSTS
@@ -120,7 +118,7 @@ def compress(context: StageContext, config: CompressConfig) -> StageResult:
         details={
             "chosen": choice.chosen,
             "baseline": source.node,
-            "steps": _steps(config, trials[choice.chosen].params),
+            "steps": config.written(trials[choice.chosen].params),
             "algorithm": config.method[0],
             "ended_by": outcome.ended_by,
             "trials": dict(Counter(trial.status for trial in outcome.trials)),
@@ -168,7 +166,7 @@ def _search(context: StageContext, config: CompressConfig, objectives: Objective
         _forget_failures(context.shelf)
     algorithm, trials = config.method
     budget = Budget(trials, config.wall_time_s)
-    search = Search(config.space, algorithm, budget, objectives, start_from=config.first)
+    search = Search(config.space, algorithm, budget, objectives, start_from=[config.untouched])
     return run_search(context, search, work_of(context, config))
 
 
@@ -187,7 +185,7 @@ def work_of(context: StageContext, config: CompressConfig) -> "Making":
         root=context.root,
         seed=context.seed,
     )
-    return Making(recipe_of(source.record.params), make, config.code_references)
+    return Making(recipe_of(source.record.params), make, config.beginnings, config.code_references)
 
 
 def _forget_failures(shelf: Path) -> None:
@@ -301,9 +299,3 @@ def _measure(
             raise StageError(f"{name}: {speed}")
         metrics[name], details[name] = {**figures, **speed.metrics}, speed.details
     return metrics, details
-
-
-def _steps(config: CompressConfig, params: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A chain as one would write its stages."""
-    names = [name for name in config.space.dimensions if params[name] != NOTHING]
-    return [{"uses": params[name], "config": settings_of(params, name)} for name in names]

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from heliostat.core.identity import fingerprint
+from heliostat.core.identity import canonical_json, fingerprint
 from heliostat.core.imports import digest_sources, own_sources
 from heliostat.core.model import Count, Positive, Spec
 from heliostat.core.paths import overlay, why_not_a_path
@@ -91,17 +91,6 @@ class CompressConfig(Demands):
         """The point at which every step is left out."""
         return dict.fromkeys(self.space.dimensions, NOTHING)
 
-    @property
-    def first(self) -> list[dict[str, Any]]:
-        """The points to try first: the uncompressed model, and where all chains are tried, then the shorter before the
-        longer ones. What a chain begins with is a chain too, so it is there by then: else all the trials that begin
-        alike would come at once, and wait for the one that makes the beginning.
-        """
-        if self.method[0] != "grid":
-            return [self.untouched]
-        names = tuple(self.space.dimensions)
-        return sorted(self.space.grid(), key=lambda point: sum(point[name] != NOTHING for name in names))
-
     def steps(self, params: Mapping[str, Any]) -> list[Step]:
         """The chain at a point. Raises SpecError for a config that its pass does not take."""
         chain = []
@@ -110,6 +99,16 @@ class CompressConfig(Demands):
             if (uses := params[name]) != NOTHING:
                 chain.append(Step(uses, self._config(index, uses, settings_of(params, name))))
         return chain
+
+    def written(self, params: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The chain at a point as one would write its stages."""
+        names = [name for name in self.space.dimensions if params[name] != NOTHING]
+        return [{"uses": params[name], "config": settings_of(params, name)} for name in names]
+
+    def beginnings(self, params: Mapping[str, Any]) -> list[str]:
+        """What has to be made on the way to the chain at a point, as it stands in other chains that begin alike."""
+        stages = self.written(params)
+        return [canonical_json(stages[:count]) for count in range(1, len(stages) + 1)]
 
     def label(self, params: Mapping[str, Any]) -> str:
         """A chain in words, without what is the same in all."""
