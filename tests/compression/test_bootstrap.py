@@ -1,7 +1,7 @@
 import torch
 
 from heliostat.compression import bootstrap
-from heliostat.compression.bootstrap import confidence_interval, told_apart
+from heliostat.compression.bootstrap import confidence_interval
 
 
 def accuracy(outputs, targets):
@@ -32,11 +32,3 @@ def test_a_metric_that_is_slow_has_no_interval_and_is_not_called_for_long(monkey
     calls = []
     assert confidence_interval(lambda outputs, targets: calls.append(1) or 1.0, torch.zeros(5), torch.zeros(5)) is None
     assert len(calls) == bootstrap.TRIED
-
-
-def test_of_two_intervals_apart_the_metrics_direction_says_which_is_better():
-    high = {"val_x": 0.9, "val_x_low": 0.8, "val_x_high": 1.0}
-    low = {"val_x": 0.5, "val_x_low": 0.4, "val_x_high": 0.6}
-    assert told_apart(high, low, "val_x", mode="max") == told_apart(low, high, "val_x", mode="min") == "better"
-    assert told_apart(low, high, "val_x", mode="max") == told_apart(high, low, "val_x", mode="min") == "worse"
-    assert told_apart(high, {**low, "val_x_high": 0.8}, "val_x", mode="max") == "not told apart"

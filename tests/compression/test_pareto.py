@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from heliostat.compression.pareto import choose
+from heliostat.compression.pareto import choose, told_apart
 from heliostat.errors import SpecError, StageError
 
 BASE = {"val_accuracy": 0.98, "test_accuracy": 0.97, "size_mb": 1.6, "latency_ms": 0.5}
@@ -51,6 +51,28 @@ def test_every_model_has_its_reason_in_words():
         "unmeasured": "has no latency_ms",
     }
     assert {v.name for v in choice.verdicts if v.on_front} == {"train", "winner", "lossy", "other"}
+
+
+def _between(row, low, high):
+    return {**row, "val_accuracy_low": low, "val_accuracy_high": high}
+
+
+@pytest.mark.parametrize(
+    ("loser", "reason"),
+    [
+        (
+            _between(_row(0.972, 0.5, 0.3), 0.96, 0.98),
+            "dominated by winner (better latency_ms, size_mb; {} not told apart)",
+        ),
+        (_between(_row(0.972, 0.4, 0.2), 0.96, 0.98), "in nothing better than winner ({} not told apart)"),
+        (_between(_row(0.972, 0.5, 0.2), 0.971, 0.973), "dominated by winner (better size_mb, {})"),
+        (_row(0.972, 0.4, 0.2), "dominated by winner (better {})"),
+    ],
+    ids=["costs tell", "nothing tells", "intervals are apart", "without intervals"],
+)
+def test_two_models_whose_intervals_overlap_are_not_called_different(loser, reason):
+    winner = _between(_row(0.978, 0.4, 0.2), 0.974, 0.982)
+    assert _reasons(_choose({"winner": winner, "loser": loser}))["loser"] == reason.format("val_accuracy")
 
 
 def test_the_baseline_is_always_there_and_wins_when_nothing_is_better():
@@ -117,3 +139,11 @@ def test_the_chosen_model_is_on_the_front_and_never_worse_than_the_baseline(rows
     assert chosen.name == choice.chosen
     assert chosen.within_limits
     assert chosen.score <= 1
+
+
+def test_of_two_intervals_apart_the_metrics_direction_says_which_is_better():
+    high = {"val_x": 0.9, "val_x_low": 0.8, "val_x_high": 1.0}
+    low = {"val_x": 0.5, "val_x_low": 0.4, "val_x_high": 0.6}
+    assert told_apart(high, low, "val_x", mode="max") == told_apart(low, high, "val_x", mode="min") == "better"
+    assert told_apart(low, high, "val_x", mode="max") == told_apart(high, low, "val_x", mode="min") == "worse"
+    assert told_apart(high, {**low, "val_x_high": 0.8}, "val_x", mode="max") == "not told apart"

@@ -75,7 +75,8 @@ def test_the_figures_are_those_of_what_the_stages_make(bench, trained, explore):
     figures = explore(pruned_then("static"), PRUNE, INT8)
     assert figures.pop("latency_ms") > 0
     assert figures == {name: measured[name] for name in figures}
-    assert list(figures) == ["size_mb", "num_params", "val_loss", "val_accuracy"]
+    ends = ["val_accuracy_low", "val_accuracy_high"]
+    assert list(figures) == ["size_mb", "num_params", "val_loss", "val_accuracy", *ends]
 
 
 def test_what_chains_begin_alike_is_made_once(explore, made):

@@ -1,8 +1,7 @@
 """How sure a figure is: where it would lie had the split been other samples of the same kind."""
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -34,17 +33,3 @@ def confidence_interval(
             return None
     low, high = np.nanpercentile(figures, [50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)])
     return float(low), float(high)
-
-
-def told_apart(
-    figures: Mapping[str, float], others: Mapping[str, float], metric: str, *, mode: Literal["max", "min"]
-) -> Literal["better", "worse", "not told apart"]:
-    """What can be said of a model's `metric` beside another's: nothing where their intervals overlap.
-
-    Both have the ends of their intervals, `{metric}_low` and `{metric}_high`, beside the figure.
-    """
-    above = figures[f"{metric}_low"] > others[f"{metric}_high"]
-    below = figures[f"{metric}_high"] < others[f"{metric}_low"]
-    if not (above or below):
-        return "not told apart"
-    return "better" if above == (mode == "max") else "worse"

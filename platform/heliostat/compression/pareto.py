@@ -8,6 +8,7 @@ chosen by.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from heliostat.core.objective import Bound, Mode, Objectives
 from heliostat.errors import SpecError, StageError, nearest
@@ -116,8 +117,7 @@ def choose(
             return f"chosen: {_why_chosen(rows[name], base, minimize, only_baseline=name == base_name)}"
         for other in ranked:
             if objectives.costs(rows[other]).dominates(objectives.costs(rows[name])):
-                gains = [m for m in (*minimize, *max_drop) if rows[other][m] != rows[name][m]]
-                return f"dominated by {other} (better {', '.join(gains)})"
+                return _why_dominated(rows[name], (other, rows[other]), costs | modes)
         return f"score {scores[name]:.3g} vs {scores[chosen]:.3g} of {chosen}"
 
     return Choice(
@@ -138,6 +138,20 @@ def bounds(
         mode, slack = directions.get(metric, "max"), drop + ROUNDING
         found.append(Bound(metric, base[metric] + (slack if mode == "min" else -slack), mode))
     return (*found, *(Bound(metric, value, "min") for metric, value in at_most.items()))
+
+
+def told_apart(
+    figures: Mapping[str, float], others: Mapping[str, float], metric: str, *, mode: Mode
+) -> Literal["better", "worse", "not told apart"]:
+    """What can be said of a model's `metric` beside another's: nothing where their intervals overlap.
+
+    Both have the ends of their intervals, `{metric}_low` and `{metric}_high`, beside the figure.
+    """
+    above = figures[f"{metric}_low"] > others[f"{metric}_high"]
+    below = figures[f"{metric}_high"] < others[f"{metric}_low"]
+    if not (above or below):
+        return "not told apart"
+    return "better" if above == (mode == "max") else "worse"
 
 
 def _none_within(
@@ -182,6 +196,21 @@ def _fault(row: Row, asked: Sequence[str], minimize: Sequence[str]) -> str | Non
         if row[metric] <= 0:
             return f"{metric} is {row[metric]:g}, so it has no ratio to the baseline"
     return None
+
+
+def _why_dominated(row: Row, by: tuple[str, Row], modes: Mapping[str, Mode]) -> str:
+    """Which figures of the other model are better, as far as the samples that they are means of can tell."""
+    name, other = by
+    better: list[str] = []
+    unsure: list[str] = []
+    for metric, mode in modes.items():
+        if row[metric] != other[metric]:
+            sampled = f"{metric}_low" in row and f"{metric}_low" in other
+            alike = sampled and told_apart(other, row, metric, mode=mode) == "not told apart"
+            (unsure if alike else better).append(metric)
+    told = [f"better {', '.join(better)}"] if better else []
+    told += [f"{', '.join(unsure)} not told apart"] if unsure else []
+    return f"{'dominated by' if better else 'in nothing better than'} {name} ({'; '.join(told)})"
 
 
 def _why_chosen(row: Row, base: Row, minimize: Sequence[str], *, only_baseline: bool) -> str:

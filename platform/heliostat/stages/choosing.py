@@ -55,7 +55,7 @@ def candidates_table(
 
     `models` are the metrics of each by name, those of the baseline among them.
     """
-    from heliostat.compression.bootstrap import told_apart
+    from heliostat.compression.pareto import told_apart
 
     sampled = [metric for metric in modes if f"{metric}_low" in base]
     return [

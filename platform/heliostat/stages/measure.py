@@ -18,6 +18,7 @@ from heliostat.training.config import TrainConfig
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+    from torch.utils.data import Dataset
 
     from heliostat.compression.formats import Model
     from heliostat.training.task import Metric, Objective
@@ -78,7 +79,6 @@ def measure_quality(folder: Path, task: Task, params: Mapping[str, Any]) -> dict
     from heliostat.compression.formats import load_model
     from heliostat.compression.size import num_nonzero, num_params, size_mb, size_zip_mb
     from heliostat.stages.models import describe
-    from heliostat.training.evaluation import evaluate
     from heliostat.training.task import build_data, build_objective
 
     model = load_model(folder)
@@ -93,24 +93,30 @@ def measure_quality(folder: Path, task: Task, params: Mapping[str, Any]) -> dict
         figures["num_macs"] = macs
     for split in ("val", "test"):
         if split in data:
-            figures |= evaluate(model, data[split], _with_intervals(objective, split, figures), split=split)
+            figures |= evaluate_with_intervals(model, data[split], objective, split=split)
     return figures
 
 
-def _with_intervals(objective: "Objective", split: str, figures: dict[str, float]) -> "Objective":
-    """The objective, whose metrics also put the ends of their intervals into `figures`."""
+def evaluate_with_intervals(
+    model: "Callable[[Tensor], Tensor]", dataset: "Dataset[Any]", objective: "Objective", *, split: str
+) -> dict[str, float]:
+    """What `evaluate` gives, and of each metric that is not slow to compute the ends of its 95 % interval."""
     from heliostat.compression.bootstrap import confidence_interval
+    from heliostat.training.evaluation import evaluate
+
+    ends: dict[str, float] = {}
 
     def noting(metric: "Metric") -> "Metric":
         def function(outputs: "Tensor", targets: "Tensor") -> float:
             name = f"{split}_{metric.name}"
             if (interval := confidence_interval(metric.function, outputs, targets)) is not None:
-                figures.update(zip((f"{name}_low", f"{name}_high"), interval))
+                ends.update(zip((f"{name}_low", f"{name}_high"), interval))
             return metric.function(outputs, targets)
 
         return replace(metric, function=function)
 
-    return replace(objective, metrics=tuple(noting(metric) for metric in objective.metrics))
+    noted = replace(objective, metrics=tuple(noting(metric) for metric in objective.metrics))
+    return evaluate(model, dataset, noted, split=split) | ends
 
 
 def measure_speeds(subjects: Sequence[Subject], task: Task) -> list[Speed | str]:

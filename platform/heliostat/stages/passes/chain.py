@@ -20,11 +20,10 @@ from heliostat.core.spec import Task
 from heliostat.errors import HeliostatError, StageError
 from heliostat.runtime.gate import Gate
 from heliostat.stages.compress_config import MADE, CompressConfig, Link, links_of
-from heliostat.stages.measure import recipe_of
+from heliostat.stages.measure import evaluate_with_intervals, recipe_of
 from heliostat.stages.passes.appraise import costs_of, latency_of
 from heliostat.stages.passes.registry import PASSES
 from heliostat.stages.passes.workshop import Workshop
-from heliostat.training.evaluation import evaluate
 from heliostat.training.task import Data, build_objective
 
 
@@ -71,7 +70,8 @@ def explore(
     made = make_chain(links, start, shop=shop, gate=gate)
     gate.give_way()
     finished = load_model(made.folder)
-    figures = costs_of(made.folder) | evaluate(finished, data["val"], build_objective(task), split="val")
+    quality = evaluate_with_intervals(finished, data["val"], build_objective(task), split="val")
+    figures = costs_of(made.folder) | quality
     for name, value in figures.items():
         if not math.isfinite(value):
             raise StageError(f"it diverged: {name} is {value}")
