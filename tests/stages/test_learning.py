@@ -1,6 +1,8 @@
 """Stages that train on, with a teacher or with rounding: what comes out, and what the record says."""
 
 import logging
+import os
+import shutil
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from heliostat.compression.size import num_params
 from heliostat.core.imports import resolve
 from heliostat.errors import SpecError, StageError
 from heliostat.stages.measure import measure_quality
+from heliostat.stages.passes import teaching
 from heliostat.training.config import TrainConfig
 
 OTHER_MODEL = """
@@ -86,6 +89,54 @@ def test_several_teachers_are_an_ensemble(bench, trained):
     mean = (load_model(first.folder)(inputs) + load_model(other.folder)(inputs)) / 2
     off_by = (load_model(student.folder)(inputs) - mean).abs().max().item()
     assert student.record.details["parity"]["source"]["max_abs_diff"] == pytest.approx(off_by, rel=1e-3)
+
+
+def _weights(artifact):
+    return torch.load(artifact.folder / "weights.pt", weights_only=True)
+
+
+def _retrained(bench, trained):
+    """The student's weights, trained from the start."""
+    shutil.rmtree(bench.store / "distill", ignore_errors=True)
+    return _weights(bench.run("distill", {"epochs": 1, "alpha": 0.5}, teacher=trained))
+
+
+def test_what_a_teacher_says_is_computed_once_for_all_candidates_that_learn_from_it(bench, trained):
+    alone = _retrained(bench, trained)
+    (file,) = bench.store.glob("shelf/*/outputs-*.pt")
+    assert len(torch.load(file, weights_only=True)) == 400
+    before = file.stat()
+    again = _retrained(bench, trained)
+    bench.run("prune", {"finetune_epochs": 1, "distillation": {}}, model=trained)
+    assert list(bench.store.glob("shelf/*/outputs-*.pt")) == [file]
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert all(torch.equal(again[name], alone[name]) for name in alone)
+
+    # another teacher under the same name says something else
+    state = {name: -tensor for name, tensor in _weights(trained).items()}
+    torch.save(state, trained.folder / "weights.pt")
+    _retrained(bench, trained)
+    assert len(list(bench.store.glob("shelf/*/outputs-*.pt"))) == 2
+
+
+@pytest.mark.parametrize("fault", ["cut short", "no shelf", "too large"])
+def test_where_a_teachers_outputs_cannot_be_shared_students_learn_all_the_same(bench, trained, monkeypatch, fault):
+    expected = _retrained(bench, trained)
+    (file,) = bench.store.glob("shelf/*/outputs-*.pt")
+    if fault == "cut short":
+        os.truncate(file, file.stat().st_size // 2)
+    else:
+        shutil.rmtree(bench.store / "shelf")
+    if fault == "no shelf":
+        (bench.store / "shelf").touch()
+    if fault == "too large":
+        monkeypatch.setattr(teaching, "AT_MOST_MB", 0.001)
+    found = _retrained(bench, trained)
+    assert all(torch.allclose(found[name], expected[name], atol=1e-5) for name in expected)
+    if fault == "cut short":
+        assert len(torch.load(file, weights_only=True)) == 400
+    if fault == "too large":
+        assert not list(bench.store.glob("shelf/*/outputs-*.pt"))
 
 
 def test_a_student_may_be_another_model_and_is_pruned_as_that(bench, trained, toy):

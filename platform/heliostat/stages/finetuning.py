@@ -1,30 +1,21 @@
-"""How stages that change a trained model train it on, and from what it may learn while they do."""
+"""How stages that change a trained model train it on."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
 from heliostat.core.model import Count, NonNegative, NonNegativeInt, Number, Positive, Spec
-from heliostat.core.spec import Task
 from heliostat.core.stage import ConfigView, StageResult
-from heliostat.errors import StageError
 from heliostat.stages.checks import check_loop, check_own_loss
 from heliostat.training.config import OptimizerConfig, SchedulerConfig, TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor, nn
+    from torch import nn
 
     from heliostat.stages.passes.workshop import Source, Workshop
-    from heliostat.training.batches import Batch
-    from heliostat.training.task import Data
-
-    Lesson = tuple[Callable[[Tensor, Batch], Tensor] | None, Data]
-
-TEACHER_BATCH_SIZE = 256
 
 
 class SoftTargets(Spec):
@@ -85,12 +76,13 @@ def mend(
     `earlier` are the rows of a training before the steps. What `after_step` keeps, it keeps in the end too.
     """
     from heliostat.stages.models import describe, torch_model
+    from heliostat.stages.passes.teaching import taught_by
 
     described, rows, metrics, found = describe(source.folder), list(earlier), {}, dict(details)
     if config.finetune_epochs:
         tuning = config.changed(shop.recipe, epochs=config.finetune_epochs, scheduler=config.scheduler)
         teachers = [shop.teacher or source]
-        with taught_by(teachers, config.distillation, task=shop.task, student=model, data=shop.data) as (loss, taught):
+        with taught_by(shop, teachers, config.distillation, student=model) as (loss, taught):
             tuned = shop.fine_tune(
                 model, tuning, batch_loss=loss, data=taught, after_step=after_step, earlier=len(rows)
             )
@@ -106,68 +98,3 @@ def mend(
         "source": shop.parity(torch_model(source), against=source.node),
     }
     return StageResult(files=files, metrics=metrics, details=found)
-
-
-@contextmanager
-def taught_by(
-    teachers: "Sequence[Source]", settings: SoftTargets | None, *, task: Task, student: "nn.Module", data: "Data"
-) -> "Iterator[Lesson]":
-    """The loss of a batch for a student of these teachers, and the data to train it on; without settings, the task's.
-
-    Several teachers' outputs are averaged. They are computed once, before training, where the inputs are whole tensors,
-    and at every batch else, or if layers are matched.
-
-    Raises:
-        SpecError: a layer that is not there.
-        StageError: layers are to be matched with those of several teachers, or of one that is no torch model.
-    """
-    from heliostat.compression.distill import distillation_loss, matched_features, mean_outputs
-    from heliostat.compression.formats import load_model
-    from heliostat.stages.models import torch_model
-    from heliostat.training.task import build_objective
-
-    if settings is None:
-        yield None, data
-        return
-    loss = build_objective(task).loss
-
-    def soft_loss(outputs: "Tensor", batch: "Batch", soft: "Tensor") -> "Tensor":
-        alpha, temperature = settings.alpha, settings.temperature
-        return distillation_loss(outputs, soft, batch[1], loss=loss, temperature=temperature, alpha=alpha)
-
-    if not settings.features:
-        mean = mean_outputs([load_model(teacher.folder) for teacher in teachers])
-
-        def precomputed(batch: "Batch") -> "Tensor":
-            soft: Tensor = batch[2] if len(batch) > 2 else mean(batch[0])
-            return soft
-
-        yield (lambda outputs, batch: soft_loss(outputs, batch, precomputed(batch))), _with_outputs(data, mean)
-        return
-
-    if len(teachers) > 1:
-        raise StageError(f"features: layers are matched with those of one teacher, not of {len(teachers)}")
-    model = torch_model(teachers[0])
-    with matched_features(student, model, settings.features) as feature_loss:
-
-        def batch_loss(outputs: "Tensor", batch: "Batch") -> "Tensor":
-            import torch
-
-            with torch.no_grad():
-                soft = model(batch[0])
-            return soft_loss(outputs, batch, soft) + settings.feature_weight * feature_loss()
-
-        yield batch_loss, data
-
-
-def _with_outputs(data: "Data", teacher: Any) -> "Data":
-    """The training split with the teacher's outputs as a third tensor, if it is tensors; else as it is."""
-    from torch.utils.data import TensorDataset
-
-    from heliostat.compression.distill import teacher_outputs
-
-    train = data["train"]
-    if not isinstance(train, TensorDataset):
-        return data
-    inputs, targets = train.tensors[:2]
-    return {**data, "train": TensorDataset(inputs, targets, teacher_outputs(teacher, inputs, TEACHER_BATCH_SIZE))}

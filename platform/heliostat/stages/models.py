@@ -31,6 +31,7 @@ def workshop_of(context: StageContext, recipe: TrainConfig) -> "Workshop":
         seed=context.seed,
         root=context.root,
         folder=context.folder,
+        shelf=context.shelf,
         on_epoch=lambda epoch, row: context.reporter.metrics(row, step=epoch),
         warn=context.reporter.warn,
         side_by_side=partial(side_by_side, root=context.root, retries=context.retries),

@@ -62,6 +62,7 @@ def explore(
         seed=seed,
         root=root,
         folder=shelf,
+        shelf=shelf,
         on_epoch=lambda epoch, row: gate.give_way(),
         warn=warn,
         teacher=start,

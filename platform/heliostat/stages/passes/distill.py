@@ -8,7 +8,8 @@ from heliostat.compression.formats import load_model
 from heliostat.compression.size import num_params
 from heliostat.core.stage import StageResult
 from heliostat.stages.distill import DistillConfig
-from heliostat.stages.finetuning import SoftTargets, taught_by
+from heliostat.stages.finetuning import SoftTargets
+from heliostat.stages.passes.teaching import taught_by
 from heliostat.stages.passes.workshop import Source, Workshop
 from heliostat.training.config import TrainConfig
 from heliostat.training.seeding import seed_everything
@@ -38,7 +39,7 @@ def distill_model(shop: Workshop, teachers: Sequence[Source], config: DistillCon
     ]
     for warning in warnings:
         log.warning("the student of %s: %s", names, warning)
-    with taught_by(teachers, config, task=shop.task, student=model, data=shop.data) as (batch_loss, taught):
+    with taught_by(shop, teachers, config, student=model) as (batch_loss, taught):
         fitted = shop.fine_tune(model, shop.recipe, batch_loss=batch_loss, data=taught)
     files = shop.save(model.eval(), reference=config.model)
     teacher = mean_outputs([load_model(teacher.folder) for teacher in teachers])

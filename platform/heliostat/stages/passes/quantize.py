@@ -16,9 +16,9 @@ from heliostat.compression.quantize.eager import quantize_linear
 from heliostat.compression.quantize.sensitivity import Drops, Mix, mix_precision
 from heliostat.compression.verdict import has_int8_instructions
 from heliostat.core.stage import StageResult
-from heliostat.stages.finetuning import taught_by
 from heliostat.stages.models import describe, torch_model
 from heliostat.stages.passes.quantizers import TOOLS, Job
+from heliostat.stages.passes.teaching import taught_by
 from heliostat.stages.passes.workshop import PARITY_SAMPLES, Source, Workshop, files_in, write_files
 from heliostat.stages.quantize import BACKENDS, QuantizeConfig
 from heliostat.training.evaluation import evaluate
@@ -128,7 +128,7 @@ def _aware(shop: Workshop, source: Source, config: QuantizeConfig) -> tuple[nn.M
     exact = attach(model, per_channel=config.per_channel, reduce_range=config.weights_of_7_bits)
     tuning = config.changed(shop.recipe, epochs=config.finetune_epochs, scheduler=config.scheduler)
     teachers = [shop.teacher or source]
-    with taught_by(teachers, config.distillation, task=shop.task, student=model, data=shop.data) as (loss, taught):
+    with taught_by(shop, teachers, config.distillation, student=model) as (loss, taught):
         tuned = shop.fine_tune(model, tuning, batch_loss=loss, data=taught)
     detach(model)
     return model.eval(), tuned, exact

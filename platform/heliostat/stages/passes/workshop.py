@@ -59,6 +59,8 @@ class Workshop:
     """Told of each epoch of fine-tuning, counted from 1 over all trainings of a pass."""
     warn: Callable[[str], None] = log.warning
     """Told of what a person should know although the work goes on."""
+    shelf: Path | None = None
+    """Where candidates that are made of the same leave for each other what all of them need, named by its content."""
     teacher: Source | None = None
     """Whom fine-tuning with `distillation` learns from; the model that goes into the pass, unless given."""
     side_by_side: Map = in_turn
