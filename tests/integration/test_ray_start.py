@@ -10,7 +10,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,50 +35,71 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(eventually, processes_with):
-    """Two nodes of one CPU each, with a token, ports and a home of their own; only their own processes are ended."""
-    home = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # a Unix socket's path has 107 characters at most
-    gcs, dashboard, client, *agents = free_ports(5)
-    kept = {"RAY_worker_niceness"}
-    environment = {n: value for n, value in os.environ.items() if not n.startswith("RAY_") or n in kept}
-    environment |= {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    starter = {**environment, "RAY_AUTH_MODE": "token"}
-    subprocess.run([RAY, "get-auth-token", "--generate"], env=starter, check=True, capture_output=True)
-    head = f"--head --port {gcs} --dashboard-port {dashboard} --ray-client-server-port {client} --temp-dir {home}/t"
-    started = []
+def start(eventually, processes_with):
+    """Starts a cluster with nodes of so many CPUs, a token, ports and a home of its own, for as long as the context."""
 
-    def start(arguments: str, agent: int) -> None:
-        command = f"{RAY} start {arguments} --block --num-cpus 1 --dashboard-agent-listen-port {agent}"
-        with open(home / "log", "ab") as log:
-            started.append(
-                subprocess.Popen(command.split(), env=starter, stdout=log, stderr=log, start_new_session=True)
-            )
+    @contextmanager
+    def start(*num_cpus: int):
+        home = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))  # a Unix socket's path has 107 characters at most
+        gcs, dashboard, client, *agents = free_ports(3 + len(num_cpus))
+        kept = {"RAY_worker_niceness"}
+        environment = {n: value for n, value in os.environ.items() if not n.startswith("RAY_") or n in kept}
+        environment |= {"HOME": str(home), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+        starter = {**environment, "RAY_AUTH_MODE": "token"}
+        subprocess.run([RAY, "get-auth-token", "--generate"], env=starter, check=True, capture_output=True)
+        head = f"--head --port {gcs} --dashboard-port {dashboard} --ray-client-server-port {client} --temp-dir {home}/t"
+        started = []
 
-    def fell_over() -> bool:
-        return any(process.poll() is not None for process in started)
+        def start_node(arguments: str, cpus: int, agent: int) -> None:
+            command = f"{RAY} start {arguments} --block --num-cpus {cpus} --dashboard-agent-listen-port {agent}"
+            with open(home / "log", "ab") as log:
+                started.append(
+                    subprocess.Popen(command.split(), env=starter, stdout=log, stderr=log, start_new_session=True)
+                )
 
-    try:
-        start(head, agents[0])
-        eventually(lambda: answers(f"http://127.0.0.1:{dashboard}/api/version"), "no dashboard", unless=fell_over)
-        start(f"--address 127.0.0.1:{gcs}", agents[1])
-        nodes = [sys.executable, "-c", COUNT_NODES, f"127.0.0.1:{gcs}"]
-        found = subprocess.run(nodes, env=starter, capture_output=True, text=True, timeout=300, check=False)
-        assert found.returncode == 0, found.stderr + (home / "log").read_text()
-        yield Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment)
-    finally:
-        for process in started:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        for pid in processes_with(f"HOME={home}"):
-            os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(home, ignore_errors=True)
+        def fell_over() -> bool:
+            return any(process.poll() is not None for process in started)
+
+        try:
+            start_node(head, num_cpus[0], agents[0])
+            eventually(lambda: answers(f"http://127.0.0.1:{dashboard}/api/version"), "no dashboard", unless=fell_over)
+            for cpus, agent in zip(num_cpus[1:], agents[1:], strict=True):
+                start_node(f"--address 127.0.0.1:{gcs}", cpus, agent)
+            wait = [sys.executable, "-c", WAIT_FOR_NODES, f"127.0.0.1:{gcs}", str(len(num_cpus))]
+            found = subprocess.run(wait, env=starter, capture_output=True, text=True, timeout=300, check=False)
+            assert found.returncode == 0, found.stderr + (home / "log").read_text()
+            yield Cluster(f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", environment)
+        finally:
+            for process in started:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            for pid in processes_with(f"HOME={home}"):
+                os.kill(pid, signal.SIGKILL)
+            shutil.rmtree(home, ignore_errors=True)
+
+    return start
 
 
-COUNT_NODES = """
+@pytest.fixture(scope="module")
+def two_nodes(start):
+    with start(1, 1) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def one_node(start):
+    """For jobs. Two nodes of one machine share the folder of a job's files, and when the second one needs them too, it
+    puts them there anew: under the job, whose working directory is gone.
+    """
+    with start(2) as cluster:
+        yield cluster
+
+
+WAIT_FOR_NODES = """
 import sys, time
 import ray
 ray.init(address=sys.argv[1], log_to_driver=False)
-while sum(node["Alive"] for node in ray.nodes()) < 2:
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[2]):
     time.sleep(0.5)
 """
 
@@ -113,9 +134,9 @@ def small(toy):
     return toy
 
 
-def test_a_run_uses_both_nodes_of_a_ray_that_was_started_before(cluster, small):
-    done = cluster.heliostat(
-        "run", small.file, "--address", "auto", "--json", cwd=small.folder, RAY_ADDRESS=cluster.address
+def test_a_run_uses_both_nodes_of_a_ray_that_was_started_before(two_nodes, small):
+    done = two_nodes.heliostat(
+        "run", small.file, "--address", "auto", "--json", cwd=small.folder, RAY_ADDRESS=two_nodes.address
     )
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -125,34 +146,34 @@ def test_a_run_uses_both_nodes_of_a_ray_that_was_started_before(cluster, small):
         "run",
         small.file,
         "--address",
-        cluster.address,
+        two_nodes.address,
         "--set",
         "stages.train.resources.workers=3",
         "--force",
         "train",
     ]
-    refused = cluster.heliostat(*too_many, cwd=small.folder)
+    refused = two_nodes.heliostat(*too_many, cwd=small.folder)
     assert refused.returncode == 3, refused.stderr
     assert "train: needs 3 CPUs at once" in refused.stderr
-    assert f"the cluster at {cluster.address} has 2 CPUs on 2 nodes" in refused.stderr
+    assert f"the cluster at {two_nodes.address} has 2 CPUs on 2 nodes" in refused.stderr
 
 
 @pytest.mark.slow
-def test_a_submitted_pipeline_streams_its_output(cluster, small):
-    done = cluster.heliostat("submit", small.file, "--address", cluster.dashboard, cwd=small.folder)
+def test_a_submitted_pipeline_streams_its_output(one_node, small):
+    done = one_node.heliostat("submit", small.file, "--address", one_node.dashboard, cwd=small.folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "train: done in" in done.stdout
     assert "int8: done in" in done.stdout
-    store = Path(cluster.environment["HOME"]) / "heliostat" / "toy"
+    store = Path(one_node.environment["HOME"]) / "heliostat" / "toy"
     assert len(list(store.glob("toy/*/*/record.json"))) == 2
     assert not (small.folder / ".heliostat").exists()
 
 
 @pytest.mark.slow
-def test_a_job_that_fails_ends_with_its_exit_code(cluster, small):
+def test_a_job_that_fails_ends_with_its_exit_code(one_node, small):
     small.module.write_text(
         small.module.read_text().replace("def build_data(seed=0):", "def build_data(seed=0):\n    1 / 0")
     )
-    done = cluster.heliostat("submit", small.file, "--address", cluster.dashboard, cwd=small.folder)
+    done = one_node.heliostat("submit", small.file, "--address", one_node.dashboard, cwd=small.folder)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "ZeroDivisionError" in done.stdout
