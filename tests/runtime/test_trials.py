@@ -5,8 +5,11 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+from ray.util import placement_group_table
 
 from heliostat.core.objective import Bound, Objectives
 from heliostat.core.spec import Resources, Task
@@ -290,3 +293,48 @@ def test_a_process_that_is_killed_from_outside_costs_its_trial_alone(run, with_m
     threading.Thread(target=kill).start()
     outcome = run(task=with_metric("toy:pid"), trials=3, train=TrainConfig(epochs=300, batch_size=1))
     assert [trial.status for trial in outcome.trials] == ["failed", "done", "done"]
+
+
+def processes_of_trials():
+    """Those of this process's own Ray."""
+
+    def parent(pid):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (path / "cmdline").read_bytes().startswith(b"ray::Trials"):
+                raylet = parent(int(path.name))
+                found += [int(path.name)] if parent(raylet) == os.getpid() else []
+    return found
+
+
+def placement_groups():
+    return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
+SLOW_STEPS = {"model_args.step_s": 1.0, "model_args.width": 4}
+
+
+@pytest.mark.slow
+def test_a_trial_of_several_workers_whose_process_died_begins_anew(run, reporter):
+    def kill() -> None:
+        reporter.on_row.wait(60)
+        (process,) = processes_of_trials()
+        os.kill(process, signal.SIGKILL)
+
+    threading.Thread(target=kill).start()
+    outcome = run(space=SLOW_STEPS, trials=1, resources=Resources(workers_per_trial=2), retries=1)
+    assert [trial.status for trial in outcome.trials] == ["done"]
+    assert len(reporter.warnings) == 1
+    assert placement_groups() == []
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_trial_that_is_stopped_hold_nothing_when_the_search_is_over(run):
+    target = [Bound("val_loss", 10.0, "min")]
+    slow = TrainConfig(epochs=50, batch_size=1)
+    outcome = run(space=SLOW_STEPS, train=slow, trials=1, target=target, resources=Resources(workers_per_trial=2))
+    assert outcome.ended_by == "target"
+    assert placement_groups() == []

@@ -20,15 +20,17 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import state as worker_group_state
 from ray.train.v2._internal.execution.worker_group import worker_group
+from ray.train.v2._internal.execution.worker_group.placement_group_handle import DefaultPlacementGroupHandle
 from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2._internal.util import bundle_to_remote_args
 from ray.util import placement_group_table
 from ray.util.client import ray as client
-from ray.util.placement_group import PlacementGroup
+from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from heliostat.errors import StageError
+from heliostat.runtime.placement import name_for
 from heliostat.runtime.standby import TrainWorker, dismiss, take
 
 SUPERFLUOUS = (PlacementGroupCleanerCallback, DatasetsCallback)
@@ -38,7 +40,8 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
     """A `TorchTrainer` whose controller is an object of the driver; behind a `ray://` client it is an actor."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, SUPERFLUOUS)]
+        every: list[Any] = super()._create_default_callbacks()
+        return every if client.is_connected() else [one for one in every if not isinstance(one, SUPERFLUOUS)]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         if client.is_connected():
@@ -58,6 +61,15 @@ class _AsAsked(FixedScalingPolicy):  # type: ignore[misc]
 
 class _Workers(WorkerGroup):  # type: ignore[misc]
     """Workers that stood by, or else new ones, each in its bundle of the placement group."""
+
+    def _create_placement_group(self, _: Any, context: Any) -> DefaultPlacementGroupHandle:
+        group = placement_group(
+            bundles=[context.resources_per_worker] * context.num_workers,
+            strategy=context.placement_strategy,
+            bundle_label_selector=context.label_selector,
+            name=name_for(self._train_run_context.train_loop_config["work"].folder),
+        )
+        return DefaultPlacementGroupHandle(group)
 
     def _create_workers(
         self, num_workers: int, placement_group: PlacementGroup, resources_per_worker: dict[str, float], **_: Any

@@ -69,10 +69,12 @@ class Training(TrainedWork):
 
 def _train_together(trial: Trial, conditions: Conditions, config: TrainConfig, bridge: "_Bridge") -> None:
     """Through Ray Train, whose rows arrive in a thread of their own; a verdict to stop goes back the same way."""
+    from heliostat.runtime.placement import free
     from heliostat.runtime.trainer import train_workers
 
-    folder = conditions.folder / "trials" / trial.id
+    folder = conditions.folder_of(trial.id)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted search left: its rows must all come again
+    free(folder)  # the process died that began the trial
     resources = conditions.resources
     try:
         train_workers(

@@ -18,6 +18,7 @@ from heliostat.core.spec import Resources
 from heliostat.errors import ResourceError
 from heliostat.runtime.hang import why_it_hung
 from heliostat.runtime.ledger import Ledger
+from heliostat.runtime.placement import free
 from heliostat.runtime.scheduling import Scheduler
 from heliostat.runtime.session import cluster_capacity
 from heliostat.runtime.shared_data import DataProvider
@@ -70,6 +71,7 @@ def run_trials(
                 raise_on_failed_trial=False,
                 verbose=0,
             )
+        free(conditions.folder_of("*"))  # nobody waits for the workers of trials that were stopped
 
     with ThreadPoolExecutor(1, thread_name_prefix="tune") as pool:
         running = pool.submit(run)
@@ -145,6 +147,7 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
         self._ledger.restarted(trial.config["trial"], why=self._why_lost(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        free(self._conditions.folder_of(trial.config["trial"]))
         self._ledger.ended(trial.config["trial"], "failed", self._why_lost(trial))
 
     def _why_lost(self, trial: Trial) -> str:

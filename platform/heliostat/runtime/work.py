@@ -62,6 +62,10 @@ class Conditions:
     def hang_note(self, trial: str) -> Path:
         return self.folder / f".{trial}{NOTE}"
 
+    def folder_of(self, trial: str) -> Path:
+        """Where the workers of a trial work, if it has several."""
+        return self.folder / "trials" / trial
+
     def data(self, data_args: Mapping[str, Any]) -> "Data":
         """What the task's function makes of the arguments: built here, unless it was for all trials."""
         from heliostat.training.task import build_data
