@@ -139,7 +139,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         return self._run.answer()
 
     def cleanup(self) -> None:
-        """Workers beside this process hold CPUs, which only it gives back."""
+        """Workers beside this process end with it, if they can; what they still hold then, the search frees."""
         self._end(wait=self.conditions.resources.workers_per_trial > 1)
 
     def _end(self, *, wait: bool) -> None:
