@@ -214,7 +214,7 @@ def stage(
     needs: Callable[[Resources], Need] = lambda resources: Need(1, resources.per_worker),
     workload: Callable[[Any], Mapping[str, int]] = lambda config: {},
     check: Check = lambda config, view: (),
-    identity: Callable[[Any, ConfigView], Mapping[str, Any]] = lambda config, view: config.model_dump(mode="json"),
+    identity: Callable[[Any, ConfigView], Mapping[str, Any]] = lambda config, view: config.identity(),
     explain: Callable[[Any, ConfigView], Mapping[str, str]] = lambda config, view: {},
     keeps_metrics: bool = False,
     measured: Measured = "before",

@@ -158,7 +158,7 @@ def links_of(steps: Sequence[Step], *, start: str, seed: int, root: Path) -> lis
             "source": digest,
             "uses": step.uses,
             "version": find_kind(step.uses).version,
-            "config": step.config.model_dump(mode="json"),
+            "config": step.config.identity(),
             "sources": digest_sources(own_sources(getattr(step.config, "code_references", ()), root)),
             "seed": seed,
         }

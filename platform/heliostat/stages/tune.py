@@ -132,7 +132,7 @@ def _able_to_learn() -> str:
 
 def _identity(config: TuneConfig, view: ConfigView) -> Mapping[str, Any]:
     """Earlier trials count by what they are, and not by where they lie."""
-    written = config.model_dump(mode="json")
+    written = config.identity()
     for entry in written["start_from"]:
         if TRIALS in entry:
             entry[TRIALS] = digest_of(entry[TRIALS], root=view.root)
