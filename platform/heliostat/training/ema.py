@@ -4,7 +4,7 @@ It forgets faster in the beginning, as in TensorFlow: after n updates the decay 
 such as BatchNorm's statistics, are averages already and stay the model's own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,9 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        name_of = {id(p): name for name, p in self._parameters.items()}
+        every_name = module.named_parameters(remove_duplicate=False)
+        self._names = {name: name_of[id(p)] for name, p in every_name if id(p) in name_of}
         self._decay = decay
         self.average = {name: p.detach().clone() for name, p in self._parameters.items()}
         self.updates = 0
@@ -39,6 +42,10 @@ class Ema:
             yield
         finally:
             self._swap()
+
+    def under_every_name(self, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return averages with tied parameters under each of their names, as a module's state has them."""
+        return {name: average[first] for name, first in self._names.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "updates": self.updates}

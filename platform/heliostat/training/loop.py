@@ -160,7 +160,7 @@ def train_epochs(
         progress.epoch = epoch
         progress.history.append(row)
         if is_best:
-            progress.best_epoch, best_state = epoch, parallel.keep(trainee.weights_that_count())
+            progress.best_epoch, best_state = epoch, trainee.keep_weights_that_count()
             if on_best is not None:
                 on_best(epoch, parallel.gather(best_state))
         asked_to_stop = (yield epoch, row) is True

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.progress import Progress, read_on_first_worker
-from heliostat.training.strategies.parallel import copy_on_cpu
 from heliostat.training.trainee import Trainee
 from heliostat.training.world import World
 
@@ -27,9 +26,10 @@ def take_up(trainee: Trainee, checkpoints: Checkpoints | None, *, world: World) 
         if found is None:
             return Progress(), {}
         saved, best = found
+        trainee.load(best)
+        weights = trainee.keep_weights_that_count()
         trainee.load(saved)
         progress = Progress(**saved["progress"])
-        weights = copy_on_cpu({**best["model"], **best["ema"].get("average", {})})
     log.info("training goes on after epoch %d", progress.epoch)
     return progress, weights
 

@@ -141,7 +141,8 @@ def _read_best(folder: Path, trainee: Trainee) -> dict[str, Tensor]:
     """The weights that count of a checkpoint, as this worker has them."""
     tensors = {key: t for key, t in _tensors(trainee).items() if not key.startswith("optimizer.")}
     copies = _read(folder, {key: tensor.detach().clone() for key, tensor in tensors.items()})
-    return {**_below("model.", copies), **_below("ema.", copies)}
+    average = _below("ema.", copies)
+    return {**_below("model.", copies), **(trainee.ema.under_every_name(average) if trainee.ema is not None else {})}
 
 
 def _read(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

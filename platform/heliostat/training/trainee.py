@@ -14,6 +14,7 @@ from heliostat.training.losses import LossRule
 from heliostat.training.optim import Schedule, build_optimizer, build_schedule
 from heliostat.training.strategies import Parallel
 from heliostat.training.strategies.gradients import clip_gradients
+from heliostat.training.strategies.parallel import Weights
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ class Trainee:
         """Within it the model has its averaged weights, if the config asks for them: those that count."""
         return self.ema.applied() if self.ema is not None else nullcontext()
 
-    def weights_that_count(self) -> dict[str, Tensor]:
-        """The module's state, with the averaged weights where there are any."""
-        return {**self.parallel.module.state_dict(), **(self.ema.average if self.ema is not None else {})}
+    def keep_weights_that_count(self) -> Weights:
+        """A copy of the state that is validated: with the averaged weights, if any, under all names of each tensor."""
+        with self.averaged():
+            return self.parallel.keep(self.parallel.module.state_dict())
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values."""
