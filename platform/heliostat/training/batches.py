@@ -141,7 +141,12 @@ def epoch_batches(
 
 def first_sample(dataset: Dataset[Any], device: torch.device) -> Batch:
     """A batch of one sample."""
-    batches = epoch_batches(dataset, batch_size=1, seed=0, epoch=0, world=World(), device=device, max_steps=1)
+    return first_samples(dataset, device, count=1)
+
+
+def first_samples(dataset: Dataset[Any], device: torch.device, *, count: int) -> Batch:
+    """A batch of `count` samples, or of all if there are fewer."""
+    batches = epoch_batches(dataset, batch_size=count, seed=0, epoch=0, world=World(), device=device, max_steps=1)
     ((_, batch),) = batches
     return batch
 

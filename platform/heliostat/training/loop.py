@@ -9,16 +9,17 @@ rank 0 reads and writes checkpoints, or each its own part of them where the mode
 
 import time
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.utils.data import Dataset
 
-from heliostat.training.batches import Batch, epoch_batches, first_sample, num_steps
+from heliostat.training.batches import Batch, epoch_batches, first_sample, first_samples, num_steps
 from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.config import TrainConfig
 from heliostat.training.evaluation import evaluate
-from heliostat.training.layout import use_fast_layout, use_plain_layout
+from heliostat.training.layout import SAMPLES, Layout, choose_layout
 from heliostat.training.losses import BatchLoss, LossMeter, LossRule
 from heliostat.training.phases import Phases
 from heliostat.training.progress import Fit, OnBest, OnEpoch, Progress, is_better
@@ -117,8 +118,13 @@ def train_epochs(
             model, config, world, rule=rule, example=example, own_step=own_step, checkpoints=checkpoints
         )
         config = config.model_copy(update={"strategy": choice.strategy})
+    layout = Layout(model)
     if config.strategy.is_replicated:
-        use_fast_layout(model, data["train"], world=world)
+
+        def few() -> Batch:
+            return first_samples(data["train"], world.device, count=SAMPLES)
+
+        layout = choose_layout(model, few, rule=rule, optimizer=config.optimizer, world=world)
     if config.compile:
         model.compile()
     parallel = parallelize(model, config.strategy, world, batch_size=config.batch_size, example=lambda: example()[0])
@@ -132,8 +138,12 @@ def train_epochs(
     def validate() -> dict[str, float]:
         copy_buffers_from_first(parallel.module, world=parallel.data)
         parallel.module.eval()
-        with trainee.averaged():
-            return evaluate(parallel.outputs, data["val"], objective, split="val", world=parallel.data)
+
+        def measured() -> dict[str, float]:
+            with trainee.averaged():
+                return evaluate(parallel.outputs, data["val"], objective, split="val", world=parallel.data)
+
+        return layout.attempt(measured, optimizer=trainee.optimizer)
 
     while progress.epoch < config.epochs and not is_over:
         epoch, phases, started = progress.epoch + 1, Phases(), time.perf_counter()
@@ -148,6 +158,7 @@ def train_epochs(
                 seed=seed,
                 progress=progress,
                 phases=phases,
+                layout=layout,
                 validate=validate,
                 after_step=after_step,
             )
@@ -172,7 +183,7 @@ def train_epochs(
             put_down(trainee, progress, checkpoints, is_best=is_best, world=world)
         checkpoint_s = time.perf_counter() - started
 
-    use_plain_layout(model)
+    layout.leave()
     return progress.fit(state=parallel.gather(best_state), choice=choice.record() if choice else {})
 
 
@@ -185,6 +196,7 @@ def _train_epoch(
     seed: int,
     progress: Progress,
     phases: Phases,
+    layout: Layout,
     validate: Callable[[], dict[str, float]],
     after_step: Callable[[nn.Module], None] | None,
 ) -> dict[str, float]:
@@ -205,7 +217,7 @@ def _train_epoch(
     parallel.module.train()
     for share, batch in phases.waiting("data", batches):
         with phases.time("train"):
-            loss = trainee.backward(batch, share)
+            loss = layout.attempt(partial(trainee.backward, batch, share), optimizer=trainee.optimizer)
             losses.add(loss, share, step=step)
             if not share.ends_step:
                 continue

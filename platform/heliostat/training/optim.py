@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
@@ -35,9 +35,28 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
         return own
     spread = [parameter for parameter in trainable if is_spread(parameter)]
     whole = [parameter for parameter in trainable if not is_spread(parameter)]
-    fast: dict[str, Any] = {"fused": True} if config.name in FUSED and not spread else {"foreach": True}
+    is_fused = config.name in FUSED and not spread and all(_fits_fused_kernel(parameter) for parameter in whole)
+    fast: dict[str, Any] = {"fused": True} if is_fused else {"foreach": True}
     groups = [{"params": group} for group in (whole, spread) if group]  # one kernel takes only tensors of one kind
     return OPTIMIZERS[config.name](groups, **config.arguments, **fast)
+
+
+def _fits_fused_kernel(parameter: nn.Parameter) -> bool:
+    """Whether it is real and in one piece of memory: of another parameter the kernels on CPU read the wrong numbers."""
+    in_order = sorted(range(parameter.dim()), key=parameter.stride, reverse=True)
+    return not parameter.is_complex() and parameter.permute(in_order).is_contiguous()
+
+
+@torch.no_grad()
+def match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Give what an optimizer keeps of each parameter the parameter's layout.
+
+    Torch's fused kernels on CPU read both as one piece of memory each: another order of strides is silently wrong.
+    """
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                kept[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class Schedule:

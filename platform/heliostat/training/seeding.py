@@ -6,7 +6,7 @@ rank), so that an epoch is the same whether or not the run was interrupted befor
 
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -23,6 +23,18 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def keep_randomness() -> Callable[[], None]:
+    """Return a function that puts the global generators of Python, NumPy and torch (CPU) back to where they are now."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    def put_back() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+    return put_back
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from heliostat.training.batches import Batch, Share
 from heliostat.training.config import TrainConfig
 from heliostat.training.ema import Ema
 from heliostat.training.losses import LossRule
-from heliostat.training.optim import Schedule, build_optimizer, build_schedule
+from heliostat.training.optim import Schedule, build_optimizer, build_schedule, match_layout
 from heliostat.training.strategies import Parallel
 from heliostat.training.strategies.gradients import clip_gradients
 from heliostat.training.strategies.parallel import Weights
@@ -66,6 +66,7 @@ class Trainee:
         """Take up a state where it was saved."""
         self.parallel.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        match_layout(self.optimizer)
         self.schedule.load_state_dict(state["scheduler"])
         self.rule.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
