@@ -2,6 +2,8 @@ import http.server
 import os
 import resource
 import socket
+import subprocess
+import sys
 import threading
 from collections import namedtuple
 from importlib import metadata
@@ -30,7 +32,7 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_ray(monkeypatch):
-    monkeypatch.setattr(health, "_addresses_here", set)
+    monkeypatch.setattr(health, "joinable_here", set)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
 
@@ -186,13 +188,12 @@ def test_a_port_that_another_program_holds_is_a_warning(home, no_ray, monkeypatc
     assert "--dashboard-port=ANOTHER" in taken.fix
 
 
-def test_a_running_ray_is_described_and_has_our_version(ray_session):
+def test_a_ray_that_a_run_has_embedded_is_none_that_others_could_join(ray_session):
+    script = "from heliostat.runtime.embedded import joinable_here; print(joinable_here())"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     import ray
 
-    finding = only(health.check_ray(ray.get_runtime_context().gcs_address))
-    assert finding.ok == "ok", finding
-    assert "1 node(s), 2 CPU, 0 GPU" in finding.text
-    assert f"Ray {metadata.version('ray')}" in finding.text
+    assert ray.get_runtime_context().gcs_address not in found.stdout
 
 
 def test_an_address_where_nothing_runs_is_a_problem(home, no_ray):
@@ -208,7 +209,7 @@ def test_a_ray_here_that_nobody_asked_for_and_that_does_not_answer_is_only_a_war
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-        monkeypatch.setattr(health, "_addresses_here", lambda: {address})
+        monkeypatch.setattr(health, "joinable_here", lambda: {address})
         assert only(health.check_ray(None)).ok == "warning"
 
 

@@ -27,6 +27,7 @@ from heliostat.core.spec import BUCKET
 from heliostat.errors import HeliostatError
 from heliostat.mirror import try_bucket
 from heliostat.runtime.auth import token_source, use_token_if_present
+from heliostat.runtime.embedded import joinable_here
 
 PORTS = {6379: "--port", 8265: "--dashboard-port", 10001: "--ray-client-server-port"}
 """The ports that `ray start --head` takes by default, and the option that chooses another."""
@@ -248,7 +249,7 @@ def check_ray(address: str | None) -> Iterator[Finding]:
     if address is not None and address.startswith(("http://", "https://")):
         yield _dashboard(address)
         return
-    local = _addresses_here()
+    local = joinable_here()
     if address is None and not local:
         yield Finding("ray", "ok", "none is running here; `heliostat run` starts its own")
         yield from check_ports()
@@ -270,12 +271,6 @@ def check_ports() -> Iterator[Finding]:
         if taken:
             fix = f"see who: ss -ltnp 'sport = :{port}'; or ray start --head {option}=ANOTHER"
             yield Finding(f"port {port}", "warning", "another program listens on it, so `ray start --head` cannot", fix)
-
-
-def _addresses_here() -> set[str]:
-    from ray._private.services import find_gcs_addresses
-
-    return set(find_gcs_addresses())
 
 
 def _dashboard(address: str) -> Finding:

@@ -8,9 +8,9 @@ print, and what C++ code writes to file descriptor 2. The latter points at the l
 import importlib
 import logging
 import os
-import shutil
 import socket
 import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from heliostat.core.capacity import Capacity
 from heliostat.core.plan import Plan
 from heliostat.errors import HeliostatError, SpecError
-from heliostat.runtime.embedded import start_embedded
+from heliostat.runtime.embedded import joinable_here, start_embedded
 from heliostat.runtime.environment import SWITCHES
 
 SHIPPED_EXCEPT = [".git", ".venv", ".heliostat", "__pycache__", "*.pyc"]
@@ -76,21 +76,20 @@ def start(
         stack.enter_context(_quiet(sink))
         preloading = threading.Thread(target=import_all, args=(list(preload),), name="preload", daemon=True)
         preloading.start()
-        temp = Path(f"/tmp/ray-{os.getuid()}")  # a Unix socket's path has 107 characters at most; TMPDIR may be long
         try:
             if address is None:
-                context = start_embedded(temp=temp, logging_format=LOG_FORMAT, num_cpus=num_cpus)
+                temp = stack.enter_context(_private_folder())
+                start_embedded(temp=temp, logging_format=LOG_FORMAT, num_cpus=num_cpus)
             else:
                 from heliostat.runtime.auth import use_token_if_present
 
                 use_token_if_present()
-                _check_answers(address)
-                context = ray.init(address=address, logging_format=LOG_FORMAT, runtime_env=_shipped(root))
+                ray.init(address=_answering(address), logging_format=LOG_FORMAT, runtime_env=_shipped(root))
         except (OSError, RuntimeError, ValueError) as error:
             if address is None:
                 raise HeliostatError(f"an embedded Ray does not start: {error} (Ray's own log: {log})") from error
             raise SpecError(f"--address {address}: no Ray answers there: {error} (Ray's own log: {log})") from error
-        stack.callback(_end, temp / Path(context.address_info["session_dir"]).name if address is None else None)
+        stack.callback(_end)
         preloading.join()
         yield Session(embedded=address is None, log=log)
 
@@ -102,11 +101,20 @@ def import_all(modules: Iterable[str]) -> None:
         importlib.import_module(module)
 
 
-def _check_answers(address: str) -> None:
-    """Raises ConnectionError at once where nothing listens: Ray itself would try for minutes."""
+def _answering(address: str) -> str:
+    """The address to connect to. Raises ConnectionError at once where nothing listens: Ray would try for minutes."""
+    if address == "auto" and not os.environ.get("RAY_ADDRESS"):
+        from ray._private.services import find_bootstrap_address
+
+        found = joinable_here()
+        if not found:
+            raise ConnectionError("none runs on this machine that others may join; start one: ray start --head")
+        latest = find_bootstrap_address(None)
+        return latest if latest in found else min(found)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    return address
 
 
 def _shipped(root: Path) -> dict[str, Any]:
@@ -118,15 +126,23 @@ def _shipped(root: Path) -> dict[str, Any]:
     }
 
 
-def _end(session_dir: Path | None) -> None:
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder of the session that no other user can look into. Ray opens its own for everybody, so it lies in another.
+
+    It is in `/tmp`, since the path of a Unix socket has 107 characters at most; `TMPDIR` may be long.
+    """
+    with tempfile.TemporaryDirectory(prefix="heliostat-", dir="/tmp", ignore_cleanup_errors=True) as private:
+        yield Path(private, "ray")
+
+
+def _end() -> None:
     import ray
 
     from heliostat.runtime.standby import forget
 
     forget()
     ray.shutdown()
-    if session_dir is not None:
-        shutil.rmtree(session_dir, ignore_errors=True)
 
 
 @contextmanager

@@ -217,10 +217,10 @@ def _fit(work: TrainWork, retries: int) -> Any:
 
 def _fit_once(work: TrainWork, num_workers: int) -> Any:
     from ray.train import ControllerError, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchConfig
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 
     from heliostat.runtime.ray_train import Trainer
+    from heliostat.runtime.rendezvous import LocalTorchConfig
 
     resources = work.resources
     trainer = Trainer(
@@ -232,7 +232,7 @@ def _fit_once(work: TrainWork, num_workers: int) -> Any:
             resources_per_worker=resources.per_worker,
             placement_strategy=resources.placement.upper(),
         ),
-        torch_config=TorchConfig(
+        torch_config=LocalTorchConfig(
             backend="nccl" if resources.gpus_per_worker >= 1 else "gloo", timeout_s=resources.hang_timeout_s
         ),
         run_config=RunConfig(
