@@ -25,6 +25,7 @@ from heliostat.compression.history import replay
 from heliostat.compression.macs import num_macs
 from heliostat.compression.runtimes import Run, RunOn, on_torch_threads, run_onnx, run_pt2, run_pte, run_tflite
 from heliostat.core.imports import call_isolated
+from heliostat.core.state import map_state
 from heliostat.errors import ArtifactError, HeliostatError, nearest
 
 
@@ -141,7 +142,7 @@ def save_torch(
         quantization: what was quantised and how, for the record.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, folder / "weights.pt")
+    torch.save(map_state(model.state_dict(), _compact), folder / "weights.pt")
     for path, content in (code or {}).items():
         file = folder / "code" / path
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -158,6 +159,13 @@ def save_torch(
     }
     write_record(folder, record)
     return ["model.json", "weights.pt", *(f"code/{path}" for path in code or {})]
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor on CPU, with no more memory behind it than its own: torch writes all that a view is a part of."""
+    tensor = tensor.detach().cpu()
+    is_plain = type(tensor) is Tensor and tensor.layout == torch.strided
+    return tensor.clone() if is_plain and tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def load_torch(folder: Path) -> nn.Module:

@@ -112,10 +112,11 @@ def _keep(context: StageContext, config: TrainConfig, fitted: "Fit") -> StageRes
     from heliostat.stages.models import reload_parity, save_trained
     from heliostat.training.seeding import seed_everything
     from heliostat.training.task import build_model
+    from heliostat.training.weights import load_weights
 
     seed_everything(context.seed)
     model = build_model(context.task, config.model_args)
-    model.load_state_dict(fitted.state)
+    load_weights(model, fitted.state)
     files = save_trained(context, model.eval(), config=config)
     return StageResult(
         files=files,

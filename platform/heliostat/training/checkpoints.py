@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from heliostat.core.artifact import COMPLETES
 from heliostat.core.carrier import HERE, Carrier
 from heliostat.core.spec import Resources
+from heliostat.core.state import map_tensors
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ class Checkpoints:
         Raises what went wrong with the one before.
         """
         self._writer.finish()  # or two copies would lie in memory
-        copied = tree_map(lambda leaf: leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf, state)
+        copied = map_tensors(state, lambda tensor: tensor.detach().to("cpu", copy=True))
         self._writer.start(partial(self._write, copied, epoch=epoch, is_best=is_best))
 
     def flush(self) -> None:

@@ -29,6 +29,7 @@ from heliostat.training.strategies import parallelize
 from heliostat.training.strategies.auto import choose_strategy
 from heliostat.training.task import Data, Objective
 from heliostat.training.trainee import Trainee, start_training
+from heliostat.training.weights import require_plain_state
 from heliostat.training.world import World, any_worker, copy_buffers_from_first
 
 __all__ = ["Epochs", "Fit", "OnEpoch", "evaluate", "fit", "train_epochs"]
@@ -101,6 +102,7 @@ def train_epochs(
     """What `fit` goes through, epoch by epoch. Several trainings may take turns: an epoch depends on its seed alone."""
     world = world or World()
     monitor, mode = objective.monitor(config)
+    require_plain_state(model)
     rule = LossRule(
         batch_loss or (lambda outputs, batch: objective.loss(outputs, batch[1])),
         train_step=objective.train_step if batch_loss is None else None,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from heliostat.core.state import map_tensors
 from heliostat.errors import StageError
 from heliostat.training.config import StrategyConfig, TpConfig, TrainConfig
 from heliostat.training.strategies import parallelize
@@ -76,12 +77,7 @@ def _with_plain_names(model: nn.Module, strategy: StrategyConfig, workers: int) 
 
 def whole_checkpoint(value: Any) -> Any:
     """A checkpoint with what is spread over workers made whole, on CPU; the rest as it is. Every worker calls it."""
-    if isinstance(value, Mapping):
-        return {key: whole_checkpoint(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        items = [whole_checkpoint(item) for item in value]
-        return tuple(items) if isinstance(value, tuple) else items
-    return whole(value.detach()).cpu() if isinstance(value, Tensor) and is_spread(value) else value
+    return map_tensors(value, lambda tensor: whole(tensor.detach()).cpu() if is_spread(tensor) else tensor)
 
 
 def _no_example() -> Tensor:

@@ -2,29 +2,28 @@
 
 import logging
 
-from torch import Tensor
-
 from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.progress import Progress, read_on_first_worker
+from heliostat.training.strategies.parallel import Weights
 from heliostat.training.trainee import Trainee
 from heliostat.training.world import World
 
 log = logging.getLogger(__name__)
 
 
-def take_up(trainee: Trainee, checkpoints: Checkpoints | None, *, world: World) -> tuple[Progress, dict[str, Tensor]]:
+def take_up(trainee: Trainee, checkpoints: Checkpoints | None, *, world: World) -> tuple[Progress, Weights]:
     """Put the trainee where the newest checkpoint left it: how far that is, and the best epoch's weights."""
     if trainee.parallel.is_sharded:
         from heliostat.training.sharded import restore_parts
 
         parts = restore_parts(checkpoints, trainee, world=world) if checkpoints is not None else None
         if parts is None:
-            return Progress(), {}
+            return Progress(), Weights()
         progress, weights = Progress(**parts[0]), parts[1]
     else:
         found = read_on_first_worker(checkpoints, world=world)
         if found is None:
-            return Progress(), {}
+            return Progress(), Weights()
         saved, best = found
         trainee.load(best)
         weights = trainee.keep_weights_that_count()

@@ -24,7 +24,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from heliostat.core.state import with_metadata_of
 from heliostat.training.checkpoints import Checkpoints, State, digest_parts, folder_name
+from heliostat.training.strategies.parallel import Weights
 from heliostat.training.trainee import Trainee
 from heliostat.training.world import World, from_first_worker
 
@@ -67,9 +69,7 @@ def _make_first(folder: Path, *, world: World) -> bool:
     return False
 
 
-def restore_parts(
-    checkpoints: Checkpoints, trainee: Trainee, *, world: World
-) -> tuple[State, dict[str, Tensor]] | None:
+def restore_parts(checkpoints: Checkpoints, trainee: Trainee, *, world: World) -> tuple[State, Weights] | None:
     """Take up the newest intact state; its progress, and this worker's part of its best epoch's weights."""
     found = from_first_worker(checkpoints.newest_folders() if world.rank == 0 else None, world=world)
     if found is None:
@@ -84,7 +84,8 @@ def restore_parts(
     weights = _read_best(best, trainee)
     metadata = FileSystemReader(newest).read_metadata().state_dict_metadata
     tensors = _read(newest, _tensors(trainee) | _missing_optimizer_state(trainee, metadata))
-    trainee.parallel.module.load_state_dict(_below("model.", tensors))
+    module = trainee.parallel.module
+    module.load_state_dict(with_metadata_of(module.state_dict(), _below("model.", tensors)))
     for name, value in _below("optimizer.", tensors).items():
         parameter, _, field = name.rpartition(".")
         trainee.optimizer.state[_parameters(trainee)[parameter]][field] = value
@@ -137,12 +138,13 @@ def _missing_optimizer_state(trainee: Trainee, metadata: Mapping[str, Any]) -> d
     return empty
 
 
-def _read_best(folder: Path, trainee: Trainee) -> dict[str, Tensor]:
+def _read_best(folder: Path, trainee: Trainee) -> Weights:
     """The weights that count of a checkpoint, as this worker has them."""
     tensors = {key: t for key, t in _tensors(trainee).items() if not key.startswith("optimizer.")}
     copies = _read(folder, {key: tensor.detach().clone() for key, tensor in tensors.items()})
     average = _below("ema.", copies)
-    return {**_below("model.", copies), **(trainee.ema.under_every_name(average) if trainee.ema is not None else {})}
+    averaged = trainee.ema.under_every_name(average) if trainee.ema is not None else {}
+    return with_metadata_of(trainee.parallel.module.state_dict(), {**_below("model.", copies), **averaged})
 
 
 def _read(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -125,7 +125,7 @@ class TrainContext:
         saved, saved_best = found
         self._progress = Progress(**saved["progress"])
         self._checkpoint_epochs = saved["checkpoint_epochs"]
-        self._best_state = dict(_model_state(saved_best["checkpoint"]))
+        self._best_state = copy_on_cpu(_model_state(saved_best["checkpoint"]))
         checkpoint: State = saved["checkpoint"]
         return checkpoint
 
@@ -227,7 +227,9 @@ def _share_loader(loader: DataLoader[Any], world: World, data: World) -> DataLoa
 
 def _model_state(checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
     state = checkpoint.get("model", checkpoint)
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(value, Tensor) or name.endswith("_extra_state") for name, value in state.items()
+    ):
         raise StageError(
             "a reported checkpoint must be the model's state dict, or a mapping with the state dict as 'model'"
         )

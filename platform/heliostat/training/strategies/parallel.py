@@ -4,6 +4,7 @@ After `backward` and `end_backward` the gradients of `module` are those of the m
 state has the names of the user's model, so that what is saved does not tell how it was trained.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,12 +12,14 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from heliostat.core.state import map_state, with_metadata_of
 from heliostat.training.batches import Batch, Share
 from heliostat.training.losses import LossRule
 from heliostat.training.strategies.gradients import whole
 from heliostat.training.world import World
 
-Weights = dict[str, Tensor]
+Weights = OrderedDict[str, Tensor]
+"""A state dict, or a part of one, with its `_metadata`; what `get_extra_state` gave is among the tensors."""
 
 
 def _nothing() -> None: ...
@@ -24,17 +27,22 @@ def _nothing() -> None: ...
 
 def copy_on_cpu(weights: Mapping[str, Tensor]) -> Weights:
     """A state's own copy on CPU, in plain layout, which further training does not change."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()}
+    return map_state(weights, lambda tensor: tensor.detach().to("cpu", copy=True).contiguous())
 
 
 def copy_of_part(weights: Mapping[str, Tensor]) -> Weights:
     """A copy of this worker's part of a state, where that is."""
-    return {name: tensor.detach().clone() for name, tensor in weights.items()}
+    return map_state(weights, lambda tensor: tensor.detach().clone())
 
 
 def whole_on_cpu(weights: Mapping[str, Tensor]) -> Weights:
     """The whole of a state that is spread over workers, on every worker, which must all call it."""
-    return {name: whole(tensor).to("cpu") for name, tensor in weights.items()}
+    return map_state(weights, lambda tensor: whole(tensor).to("cpu"))
+
+
+def as_it_is(weights: Weights) -> Weights:
+    """The same state, in a mapping of its own."""
+    return with_metadata_of(weights, weights)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Parallel:
     """Whether a worker holds only a part of the state."""
     keep: Callable[[Mapping[str, Tensor]], Weights] = copy_on_cpu
     """A copy of the module's state."""
-    gather: Callable[[Weights], Weights] = dict
+    gather: Callable[[Weights], Weights] = as_it_is
     """From such a copy to the state of the user's whole model, on CPU."""
 
 

@@ -18,12 +18,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from heliostat.core.state import map_state, with_metadata_of
 from heliostat.errors import SpecError, nearest
 from heliostat.training.batches import Batch, Share
 from heliostat.training.config import PpConfig
 from heliostat.training.losses import LossRule, in_full_precision
 from heliostat.training.strategies.gradients import average_gradients
-from heliostat.training.strategies.parallel import Parallel, copy_of_part, whole_on_cpu
+from heliostat.training.strategies.parallel import Parallel, Weights, copy_of_part, whole_on_cpu
 from heliostat.training.world import World, from_worker
 
 Chain = list[tuple[str, nn.Module]]
@@ -66,7 +67,7 @@ def pp(
     mesh = init_device_mesh(world.device.type, (sizes["dp"], sizes["pp"]), mesh_dim_names=("dp", "pp"))
     data = World(mesh["dp"].get_local_rank(), sizes["dp"], world.device, mesh["dp"].get_group())
     line = World(mesh["pp"].get_local_rank(), sizes["pp"], world.device, mesh["pp"].get_group())
-    names = list(model.state_dict())
+    empty = map_state(model.state_dict(), lambda tensor: None)
     chain = chain_of(model.to(world.device), example())
     cuts = cut_points(chain, config, num_stages=line.size * config.stages_per_worker)
     _require_own_weights(chain, cuts)
@@ -119,7 +120,7 @@ def pp(
         end_backward=lambda: average_gradients(part.parameters(), data=data),
         is_sharded=True,
         keep=copy_of_part,
-        gather=lambda weights: _gather(weights, names=names, line=line),
+        gather=lambda weights: _gather(weights, empty=empty, line=line),
     )
 
 
@@ -228,8 +229,9 @@ class _Part(nn.Module):
         self.pieces = tuple(_Stage(*(module for _, module in piece)) for piece in pieces)
 
 
-def _gather(weights: Mapping[str, Tensor], *, names: list[str], line: World) -> dict[str, Tensor]:
+def _gather(weights: Mapping[str, Tensor], *, empty: Weights, line: World) -> Weights:
+    """The state of the whole model; `empty` has its names and `_metadata`."""
     parts: list[Any] = [None] * line.size
     dist.all_gather_object(parts, whole_on_cpu(weights), group=line.group)
     merged = {name: tensor for part in parts for name, tensor in part.items()}
-    return {name: merged[name] for name in names}
+    return with_metadata_of(empty, {name: merged[name] for name in empty})

@@ -66,7 +66,9 @@ def tp(model: nn.Module, config: TpConfig, world: World, sizes: Mapping[str, int
 
     def gather(weights: Weights) -> Weights:
         whole = whole_on_cpu(weights)
-        return {name: tensor.reshape(shapes.get(name, tensor.shape)) for name, tensor in whole.items()}
+        for name, shape in shapes.items():
+            whole[name] = whole[name].reshape(shape)
+        return whole
 
     def backward(batch: Batch, share: Share, rule: LossRule) -> Tensor:
         loss = rule.loss(model, batch)
