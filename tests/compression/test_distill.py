@@ -2,14 +2,20 @@ import pytest
 import torch
 from torch.nn import functional
 
-from heliostat.compression.distill import distillation_loss, teacher_outputs
+from heliostat.compression.distill import distillation_loss, matched_features, mean_outputs, teacher_outputs
+from heliostat.compression.soft_loss import SoftLoss
 from heliostat.errors import SpecError, StageError
+
+SETTINGS = {
+    "loss": functional.cross_entropy,
+    "soft_loss": SoftLoss("classes", why="a test"),
+    "temperature": 4.0,
+    "alpha": 0.5,
+}
 
 
 def _loss(student, teacher, targets, **overrides):
-    return distillation_loss(
-        student, teacher, targets, **({"loss": functional.cross_entropy, "temperature": 4.0, "alpha": 0.5} | overrides)
-    )
+    return distillation_loss(student, teacher, targets, **(SETTINGS | overrides))
 
 
 @pytest.fixture
@@ -72,3 +78,29 @@ def test_teacher_outputs_are_in_order_and_without_gradients():
     outputs = teacher_outputs(model, inputs, 4)
     assert torch.allclose(outputs, model(inputs))
     assert not outputs.requires_grad
+
+
+def test_a_task_without_labels_learns_from_the_teacher_alone(logits):
+    student, teacher, _ = logits
+    unlabelled = torch.full((6,), -100)
+    assert functional.cross_entropy(student, unlabelled).isnan()
+    assert _loss(student, teacher, unlabelled, alpha=1.0).isfinite()
+
+
+def test_teachers_whose_outputs_differ_have_no_mean():
+    models = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 4)]
+    with pytest.raises(StageError, match=r"\(5, 2\), \(5, 4\)"):
+        mean_outputs(models)(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"), [(torch.nn.GRU(4, 4), "gives tuple"), (torch.nn.Linear(4, 4), r"gives a tensor \(7, 5, 4\)")]
+)
+def test_layers_without_a_row_for_each_sample_are_not_matched(layer, text):
+    """A GRU gives a tuple, and of one whose first dim is time the steps would be compared, not the samples."""
+    student, teacher = (torch.nn.Sequential(layer) for _ in range(2))
+    with matched_features(student, teacher, {"0": "0"}) as feature_loss:
+        for model in (student, teacher):
+            model(torch.randn(7, 5, 4))
+        with pytest.raises(StageError, match=f"layer '0' {text} for 5 samples"):
+            feature_loss(5)

@@ -6,31 +6,34 @@ teacher's outputs over the training set are computed once, before training, and 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from heliostat.compression.soft_loss import SoftLoss
 from heliostat.errors import SpecError, StageError, nearest
 
 
 def distillation_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student: Tensor,
+    teacher: Tensor,
     targets: Tensor,
     *,
     loss: Callable[[Tensor, Tensor], Tensor],
+    soft_loss: SoftLoss,
     temperature: float,
     alpha: float,
 ) -> Tensor:
-    """`alpha * T^2 * KL(teacher || student) + (1 - alpha) * loss(student, targets)`, both terms means over the batch.
+    """`alpha * soft_loss(student, teacher) + (1 - alpha) * loss(student, targets)`, both terms means over the batch.
 
-    The KL divergence compares the softmax over dim 1 of the logits divided by the temperature T; T^2 keeps the size
-    of its gradients, which shrink with 1 / T^2, so that `alpha` means the same at every temperature.
+    A divergence in `soft_loss` is multiplied with the squared temperature: its gradients shrink with that, and so
+    `alpha` means the same at every temperature.
 
     Args:
-        student_logits: (batch, classes) or (batch, classes, ...), as `cross_entropy` takes them.
-        teacher_logits: the same shape, already computed; no gradient flows into them.
+        student: outputs of any shape that the two losses take.
+        teacher: outputs of the same shape, already computed; no gradient flows into them.
         targets: whatever `loss` takes as its second argument.
         alpha: the weight of the teacher, in [0, 1].
 
@@ -42,14 +45,11 @@ def distillation_loss(
         raise SpecError(f"temperature {temperature} is not above 0")
     if not 0 <= alpha <= 1:
         raise SpecError(f"alpha {alpha} is not in [0, 1]")
-    if student_logits.shape != teacher_logits.shape:
-        shapes = f"{tuple(student_logits.shape)}, the teacher's {tuple(teacher_logits.shape)}"
+    if student.shape != teacher.shape:
+        shapes = f"{tuple(student.shape)}, the teacher's {tuple(teacher.shape)}"
         raise StageError(f"the student's outputs have the shape {shapes}")
-    student_log_probs = functional.log_softmax(student_logits / temperature, dim=1)
-    teacher_log_probs = functional.log_softmax(teacher_logits.detach() / temperature, dim=1)
-    divergence = functional.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True)
-    soft = divergence.sum(dim=1).mean()
-    return alpha * temperature**2 * soft + (1 - alpha) * loss(student_logits, targets)
+    soft = soft_loss(student, teacher, targets, temperature=temperature)
+    return alpha * soft if alpha == 1 else alpha * soft + (1 - alpha) * loss(student, targets)
 
 
 def teacher_outputs(model: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int) -> Tensor:
@@ -59,23 +59,36 @@ def teacher_outputs(model: Callable[[Tensor], Tensor], inputs: Tensor, batch_siz
 
 
 def mean_outputs(models: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
-    """The model that gives the mean of the models' outputs: of logits, the geometric mean of what they believe."""
-    return lambda inputs: torch.stack([model(inputs) for model in models]).mean(0)
+    """The model that gives the mean of the models' outputs: of logits, the geometric mean of what they believe.
+
+    It raises StageError when they do not have the same shape.
+    """
+
+    def mean(inputs: Tensor) -> Tensor:
+        outputs = [model(inputs) for model in models]
+        if len({output.shape for output in outputs}) > 1:
+            shapes = ", ".join(str(tuple(output.shape)) for output in outputs)
+            raise StageError(f"the outputs of several teachers have the shapes {shapes}: they have no mean")
+        return torch.stack(outputs).mean(0)
+
+    return mean
 
 
 @contextmanager
 def matched_features(
     student: nn.Module, teacher: nn.Module, pairs: Mapping[str, str]
-) -> Iterator[Callable[[], Tensor]]:
-    """Yields the loss of the batch that both models have just seen: how differently their layers tell samples apart.
+) -> Iterator[Callable[[int], Tensor]]:
+    """Yields the loss of the batch, of so many rows, that both models have just seen: how differently their layers
+    tell samples apart.
 
     For each pair of layers, the mean squared difference of the (batch, batch) matrices of inner products of the
     features of samples, rows scaled to length 1 (similarity-preserving distillation, Tung and Mori 2019,
     https://arxiv.org/abs/1907.09682). The two layers may differ in width and in everything else.
 
-    Raises SpecError for a layer that is not there.
+    Raises SpecError for a layer that is not there; the loss raises StageError for one whose output is no tensor with a
+    row for each sample.
     """
-    seen: dict[tuple[str, str], Tensor] = {}
+    seen: dict[tuple[str, str], Any] = {}
     handles = [
         _layer_of(model, name, whose).register_forward_hook(
             lambda layer, inputs, outputs, key=(whose, name): seen.update({key: outputs})
@@ -84,9 +97,19 @@ def matched_features(
         for whose, model, name in (("student", student, one), ("teacher", teacher, other))
     ]
 
-    def loss() -> Tensor:
+    def similarities(whose: str, name: str, num_rows: int) -> Tensor:
+        features = seen[whose, name]
+        if not isinstance(features, Tensor) or features.ndim == 0 or len(features) != num_rows:
+            what = f"a tensor {tuple(features.shape)}" if isinstance(features, Tensor) else type(features).__name__
+            raise StageError(
+                f"features: the {whose}'s layer {name!r} gives {what} for {num_rows} samples, not a tensor with a row "
+                "for each; name another layer"
+            )
+        return _similarities(features)
+
+    def loss(num_rows: int) -> Tensor:
         differences = [
-            (_similarities(seen["student", one]) - _similarities(seen["teacher", other]).detach()).square().mean()
+            (similarities("student", one, num_rows) - similarities("teacher", other, num_rows).detach()).square().mean()
             for one, other in pairs.items()
         ]
         return torch.stack(differences).sum()

@@ -1,7 +1,7 @@
 """How stages that change a trained model train it on."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from heliostat.stages.passes.workshop import Source, Workshop
 
 
+SoftLoss = Literal["auto", "regression", "binary", "classes", "tokens", "dense"]
+"""How a student's outputs are compared with a teacher's (`compression/soft_loss.py`); `auto` asks the task's loss."""
+
+
 class SoftTargets(Spec):
     """Learning from a teacher's outputs, and from what its layers make of the data, beside the true targets."""
 
@@ -25,6 +29,12 @@ class SoftTargets(Spec):
     """Divides the logits of both before they are compared: the higher, the more the small ones count."""
     alpha: Annotated[Number, Field(ge=0, le=1)] = 0.7
     """The weight of the teacher's outputs; the rest is the weight of the true targets."""
+    loss: SoftLoss = "auto"
+    """`regression` squares the difference of outputs; `binary` takes each as a logit of yes or no; `classes`, `tokens`
+    and `dense` compare softmaxes: of (batch, classes), over the last dim of each token, over dim 1 of each pixel.
+
+    It is not marked as added: records from before it may come of a loss that did not suit the task.
+    """
     features: dict[str, str] = Field(default_factory=dict)
     """Layers of the student, each with the layer of the teacher whose features it should tell apart alike."""
     feature_weight: NonNegative = 1.0
@@ -82,10 +92,11 @@ def mend(
     if config.finetune_epochs:
         tuning = config.changed(shop.recipe, epochs=config.finetune_epochs, scheduler=config.scheduler)
         teachers = [shop.teacher or source]
-        with taught_by(shop, teachers, config.distillation, student=model) as (loss, taught):
+        with taught_by(shop, teachers, config.distillation, student=model, option="distillation.loss") as lesson:
             tuned = shop.fine_tune(
-                model, tuning, batch_loss=loss, data=taught, after_step=after_step, earlier=len(rows)
+                model, tuning, batch_loss=lesson.loss, data=lesson.data, after_step=after_step, earlier=len(rows)
             )
+        found |= lesson.details
         if after_step is not None:
             after_step(model)  # averaged weights are averages of before and after each step
         metrics, found["best_epoch"] = tuned.metrics, len(rows) + tuned.epoch

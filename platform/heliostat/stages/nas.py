@@ -16,6 +16,7 @@ from heliostat.stages.checks import (
     check_own_loss,
     check_searched,
 )
+from heliostat.stages.finetuning import SoftLoss
 from heliostat.training.config import TrainConfig
 
 
@@ -33,6 +34,8 @@ class NasConfig(TrainConfig):
     """Divides the outputs of the largest network before the others learn from them."""
     alpha: Annotated[Number, Field(ge=0, le=1)] = 1.0
     """The weight of the largest network's outputs in what the others learn from; the rest is that of the targets."""
+    loss: SoftLoss = "auto"
+    """How their outputs are compared with the largest network's, as in `distill`."""
     trials: Count = 64
     """So many sub-networks are measured; all of them, if there are no more."""
     max_drop: dict[str, NonNegative] = Field(default_factory=dict)

@@ -151,6 +151,19 @@ def first_samples(dataset: Dataset[Any], device: torch.device, *, count: int) ->
     return batch
 
 
+def first_rows(dataset: Dataset[Any], count: int, *, device: torch.device | None = None) -> Batch:
+    """The first `count` samples, in their order, as one batch; all of them, if there are fewer."""
+    device = device or torch.device("cpu")
+    if isinstance(dataset, IterableDataset):
+        batches = _stream_batches(dataset, count, world=World(), device=device, accumulate_steps=1)
+    else:
+        rows = torch.arange(min(count, len(dataset)))  # type: ignore[arg-type]
+        batches = load_batches(dataset, [Share(rows, len(rows), weight=1.0, ends_step=True)], device=device)
+    for _, batch in batches:
+        return batch
+    raise StageError("the training data gave no sample; a stream must start anew each time it is iterated over")
+
+
 def num_steps(dataset: Dataset[Any], batch_size: int) -> int | None:
     """The global batches of an epoch; None for a stream, whose length nobody knows."""
     if isinstance(dataset, IterableDataset):

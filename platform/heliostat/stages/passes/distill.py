@@ -39,8 +39,8 @@ def distill_model(shop: Workshop, teachers: Sequence[Source], config: DistillCon
     ]
     for warning in warnings:
         log.warning("the student of %s: %s", names, warning)
-    with taught_by(shop, teachers, config, student=model) as (batch_loss, taught):
-        fitted = shop.fine_tune(model, shop.recipe, batch_loss=batch_loss, data=taught)
+    with taught_by(shop, teachers, config, student=model) as lesson:
+        fitted = shop.fine_tune(model, shop.recipe, batch_loss=lesson.loss, data=lesson.data)
     files = shop.save(model.eval(), reference=config.model)
     teacher = mean_outputs([load_model(teacher.folder) for teacher in teachers])
     return StageResult(
@@ -51,6 +51,7 @@ def distill_model(shop: Workshop, teachers: Sequence[Source], config: DistillCon
             "best_epoch": fitted.epoch,
             "history": fitted.history,
             "warnings": warnings,
+            **lesson.details,
             "parity": {
                 "reload": shop.reload_parity(model),
                 "source": shop.parity(teacher, against=names),

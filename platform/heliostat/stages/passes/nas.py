@@ -19,17 +19,18 @@ from torch import Tensor, nn
 from heliostat.compression.distill import distillation_loss
 from heliostat.compression.measure import measure_speed
 from heliostat.compression.size import num_params
+from heliostat.compression.soft_loss import SoftLoss, choose_soft_loss
 from heliostat.compression.subnets import forward, recalibrate, shapes_of, take_weights, why_confused, why_no_subnet
 from heliostat.core.identity import canonical_json
 from heliostat.core.objective import Objectives
 from heliostat.core.paths import set_path
 from heliostat.core.space import Space
 from heliostat.core.stage import StageResult
-from heliostat.errors import SpecError, StageError
+from heliostat.errors import SpecError
 from heliostat.runtime.engines import engines
 from heliostat.stages.nas import NasConfig
 from heliostat.stages.passes.workshop import Workshop
-from heliostat.training.batches import Batch, epoch_batches
+from heliostat.training.batches import Batch, epoch_batches, first_rows
 from heliostat.training.evaluation import evaluate
 from heliostat.training.seeding import seed_everything
 from heliostat.training.task import build_model, build_objective
@@ -57,7 +58,8 @@ def search_architecture(shop: Workshop, config: NasConfig, *, alone: Callable[..
     supernet = build_model(shop.task, _arguments(shop, largest))
     _check_elastic(shop, config, supernet)
     shop = replace(shop, recipe=shop.recipe.model_copy(update={"model_args": _arguments(shop, largest)}))
-    batch_loss = _sandwich(shop, config, supernet, smallest, points)
+    soft_loss = _soft_loss(shop, config, supernet) if config.alpha else None
+    batch_loss = _sandwich(shop, config, supernet, smallest, points, soft_loss)
     fitted = shop.fine_tune(supernet, shop.recipe, batch_loss=batch_loss, phase="supernet")
     weights = {name: parameter.detach().clone() for name, parameter in supernet.named_parameters()}
 
@@ -69,6 +71,8 @@ def search_architecture(shop: Workshop, config: NasConfig, *, alone: Callable[..
     recipe = shop.recipe.model_copy(update={"model_args": _arguments(shop, winner)})
     shop, metrics, history = replace(shop, recipe=recipe), dict(found.figures), list(fitted.history)
     details: dict[str, Any] = {"winner": winner, "subnets": found.table, "best_epoch": fitted.epoch}
+    if soft_loss is not None:
+        details["distillation"] = {"loss": soft_loss.name, "why": soft_loss.why}
     if config.finetune_epochs:
         tuning = recipe.model_copy(update={"epochs": config.finetune_epochs})
         tuned = shop.fine_tune(model, tuning, earlier=len(history))
@@ -94,8 +98,21 @@ def _check_elastic(shop: Workshop, config: NasConfig, supernet: nn.Module) -> No
                 raise SpecError(f"elastic.{path}: with {value!r} {why}")
 
 
+def _soft_loss(shop: Workshop, config: NasConfig, supernet: nn.Module) -> SoftLoss:
+    """How outputs are compared with the largest network's, by what it makes of the first samples."""
+    inputs, targets, *_ = first_rows(shop.data["train"], shop.recipe.batch_size)
+    with torch.no_grad():
+        outputs = supernet.eval()(inputs)
+    return choose_soft_loss(config.loss, outputs, targets, loss=build_objective(shop.task).loss)
+
+
 def _sandwich(
-    shop: Workshop, config: NasConfig, supernet: nn.Module, smallest: Point, points: Sequence[Point]
+    shop: Workshop,
+    config: NasConfig,
+    supernet: nn.Module,
+    smallest: Point,
+    points: Sequence[Point],
+    soft_loss: SoftLoss | None,
 ) -> Callable[[Tensor, Batch], Tensor]:
     """The loss of a batch: of the largest network, whose outputs the loop has, the smallest, and some at random."""
     loss = build_objective(shop.task).loss
@@ -111,15 +128,22 @@ def _sandwich(
         return subnet.train()
 
     def batch_loss(outputs: Tensor, batch: Batch) -> Tensor:
-        if config.alpha and (outputs.ndim < 2 or outputs.shape[1] < 2):
-            raise StageError("the largest network's outputs teach by the classes they tell apart; set alpha to 0")
         parameters, soft = dict(supernet.named_parameters()), outputs.detach()
         drawn = random.sample(range(len(between)), k=min(config.subnets_per_batch - 2, len(between)))
         total = loss(outputs, batch[1])
         for index in [-1, *drawn]:
             student = forward(subnet_of(index), parameters, batch[0])
+            if soft_loss is None:
+                total = total + loss(student, batch[1])
+                continue
             total = total + distillation_loss(
-                student, soft, batch[1], loss=loss, temperature=config.temperature, alpha=config.alpha
+                student,
+                soft,
+                batch[1],
+                loss=loss,
+                soft_loss=soft_loss,
+                temperature=config.temperature,
+                alpha=config.alpha,
             )
         return total
 

@@ -38,8 +38,8 @@ def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> St
     with TemporaryDirectory() as scratch:
         exact = source.folder
         if config.method == "qat":
-            model, tuned, not_rounded = _aware(shop, source, config)
-            details |= {"history": tuned.history, "best_epoch": tuned.epoch, "not_rounded": not_rounded}
+            model, tuned, found = _aware(shop, source, config)
+            details |= {"history": tuned.history, "best_epoch": tuned.epoch, **found}
             metrics, exact = tuned.metrics, Path(scratch, "aware")
             tool.export(model, exact, example=shop.samples("val", PARITY_SAMPLES))
         elif describe(source.folder)["format"] != BACKENDS[config.backend].takes:
@@ -122,16 +122,16 @@ def _mixed_figures(given: _Given, left_in_float: Sequence[str]) -> dict[str, flo
         return evaluate(load_model(mixed), given.shop.data["val"], objective, split="val")
 
 
-def _aware(shop: Workshop, source: Source, config: QuantizeConfig) -> tuple[nn.Module, Fit, dict[str, str]]:
-    """The source trained on with rounding, how that went, and the layers that were not rounded, with the reason."""
+def _aware(shop: Workshop, source: Source, config: QuantizeConfig) -> tuple[nn.Module, Fit, dict[str, Any]]:
+    """The source trained on with rounding, and how that went: the fit, and what the record says besides."""
     model = torch_model(source)
     exact = attach(model, per_channel=config.per_channel, reduce_range=config.weights_of_7_bits)
     tuning = config.changed(shop.recipe, epochs=config.finetune_epochs, scheduler=config.scheduler)
     teachers = [shop.teacher or source]
-    with taught_by(shop, teachers, config.distillation, student=model) as (loss, taught):
-        tuned = shop.fine_tune(model, tuning, batch_loss=loss, data=taught)
+    with taught_by(shop, teachers, config.distillation, student=model, option="distillation.loss") as lesson:
+        tuned = shop.fine_tune(model, tuning, batch_loss=lesson.loss, data=lesson.data)
     detach(model)
-    return model.eval(), tuned, exact
+    return model.eval(), tuned, {"not_rounded": exact, **lesson.details}
 
 
 def _in_torch(shop: Workshop, source: Source, config: QuantizeConfig) -> StageResult:

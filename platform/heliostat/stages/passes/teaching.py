@@ -2,9 +2,11 @@
 
 import fcntl
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,78 +14,141 @@ from torch.utils.data import TensorDataset
 
 from heliostat.compression.distill import distillation_loss, matched_features, mean_outputs, teacher_outputs
 from heliostat.compression.formats import load_model
+from heliostat.compression.soft_loss import SoftLoss, choose_soft_loss
 from heliostat.errors import StageError
 from heliostat.runtime.hang import waiting
 from heliostat.stages.finetuning import SoftTargets
 from heliostat.stages.models import torch_model
 from heliostat.stages.passes.workshop import Source, Workshop
-from heliostat.training.batches import Batch
+from heliostat.training.batches import Batch, first_rows
 from heliostat.training.task import Data, build_objective
 
 BATCH_SIZE = 256
+LOOKED_AT = 64
+"""So many samples tell how outputs are to be compared."""
 AT_MOST_MB = 1000.0
 """Outputs that would take more are computed for each batch anew: they have to be in memory beside the data."""
 
-Lesson = tuple[Callable[[Tensor, Batch], Tensor] | None, Data]
 Teacher = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student is trained with."""
+
+    data: Data
+    loss: Callable[[Tensor, Batch], Tensor] | None = None
+    """Of the outputs for a batch; None is the task's own."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What the record says of it."""
 
 
 @contextmanager
 def taught_by(
-    shop: Workshop, teachers: Sequence[Source], settings: SoftTargets | None, *, student: nn.Module
+    shop: Workshop,
+    teachers: Sequence[Source],
+    settings: SoftTargets | None,
+    *,
+    student: nn.Module,
+    option: str = "loss",
 ) -> Iterator[Lesson]:
-    """The loss of a batch for a student of these teachers, and the data to train it on; without settings, the task's.
+    """What a student of these teachers is trained with; without settings, the task's own loss and data.
 
     Several teachers' outputs are averaged. They are computed once, before training, where the inputs are whole tensors
     and the outputs fit, and at every batch else, or if layers are matched. Other candidates find them on the shelf.
+    `option` is what the choice of the loss is called in the file.
 
     Raises:
         SpecError: a layer that is not there.
-        StageError: layers are to be matched with those of several teachers, or of one that is no torch model.
+        StageError: teachers and student have different outputs, or it is not clear how to compare them; layers are to
+            be matched with those of several teachers, or of one that is no torch model.
     """
     if settings is None:
-        yield None, shop.data
+        yield Lesson(shop.data)
         return
-    loss = build_objective(shop.task).loss
-
-    def soft_loss(outputs: Tensor, batch: Batch, soft: Tensor) -> Tensor:
-        alpha, temperature = settings.alpha, settings.temperature
-        return distillation_loss(outputs, soft, batch[1], loss=loss, temperature=temperature, alpha=alpha)
-
-    if not settings.features:
-        mean = mean_outputs([load_model(teacher.folder) for teacher in teachers])
-
-        def answers(batch: Batch) -> Tensor:
-            soft: Tensor = batch[2] if len(batch) > 2 else mean(batch[0])
-            return soft
-
-        yield (lambda outputs, batch: soft_loss(outputs, batch, answers(batch))), _with_outputs(shop, mean)
-        return
-
-    if len(teachers) > 1:
+    if settings.features and len(teachers) > 1:
         raise StageError(f"features: layers are matched with those of one teacher, not of {len(teachers)}")
-    model = torch_model(teachers[0])
-    with matched_features(student, model, settings.features) as feature_loss:
+    loss = build_objective(shop.task).loss
+    names = ", ".join(teacher.node for teacher in teachers)
+    model = torch_model(teachers[0]) if settings.features else None
+    teach: Teacher = mean_outputs([load_model(teacher.folder) for teacher in teachers]) if model is None else model
+    soft_loss = (
+        _soft_loss(shop, settings, teach, student=student, names=names, option=option) if settings.alpha else None
+    )
+    details = _described(soft_loss, names)
 
-        def batch_loss(outputs: Tensor, batch: Batch) -> Tensor:
-            with torch.no_grad():
-                soft = model(batch[0])
-            return soft_loss(outputs, batch, soft) + settings.feature_weight * feature_loss()
+    def batch_loss(outputs: Tensor, batch: Batch, answers: Tensor | None) -> Tensor:
+        if soft_loss is None or answers is None:
+            return loss(outputs, batch[1])
+        return distillation_loss(
+            outputs,
+            answers,
+            batch[1],
+            loss=loss,
+            soft_loss=soft_loss,
+            temperature=settings.temperature,
+            alpha=settings.alpha,
+        )
 
-        yield batch_loss, shop.data
+    if model is not None:
+        with matched_features(student, model, settings.features) as feature_loss:
+
+            def with_features(outputs: Tensor, batch: Batch) -> Tensor:
+                with torch.no_grad():
+                    answers = model(batch[0])
+                return batch_loss(outputs, batch, answers) + settings.feature_weight * feature_loss(len(batch[0]))
+
+            yield Lesson(shop.data, with_features, details)
+    elif soft_loss is None:
+        yield Lesson(shop.data, details=details)
+    elif (data := _with_outputs(shop, teach)) is not None:
+        yield Lesson(data, lambda outputs, batch: batch_loss(outputs, batch, batch[-1]), details)
+    else:
+        yield Lesson(shop.data, lambda outputs, batch: batch_loss(outputs, batch, teach(batch[0])), details)
 
 
-def _with_outputs(shop: Workshop, teacher: Teacher) -> Data:
-    """The data, whose training split has the teacher's outputs as a third tensor, if it is tensors and they fit."""
+def _soft_loss(
+    shop: Workshop, settings: SoftTargets, teach: Teacher, *, student: nn.Module, names: str, option: str
+) -> SoftLoss | None:
+    """How outputs are compared, by those of the first samples; None where they are not learned.
+
+    Raises StageError when student and teachers do not have equally many.
+    """
+    inputs, targets, *_ = first_rows(shop.data["train"], LOOKED_AT)
+    was_training = student.training
+    with torch.no_grad():
+        answers, outputs = teach(inputs), student.eval()(inputs)
+    student.train(was_training)
+    if outputs.shape != answers.shape:
+        raise StageError(
+            f"for {len(inputs)} samples the student gives outputs {tuple(outputs.shape)}, and what it learns from "
+            f"({names}) {tuple(answers.shape)}; both must have the same"
+        )
+    if not settings.alpha:
+        return None
+    return choose_soft_loss(settings.loss, answers, targets, loss=build_objective(shop.task).loss, option=option)
+
+
+def _described(soft_loss: SoftLoss | None, names: str) -> dict[str, Any]:
+    if soft_loss is None:
+        return {"distillation": {"teachers": names, "loss": None, "why": "alpha is 0: the outputs are not learned"}}
+    return {"distillation": {"teachers": names, "loss": soft_loss.name, "why": soft_loss.why}}
+
+
+def _with_outputs(shop: Workshop, teacher: Teacher) -> Data | None:
+    """The data, whose training split has the teacher's outputs behind all else; None unless it is tensors and they fit.
+
+    A dataset that is derived from `TensorDataset` may compute its samples.
+    """
     train = shop.data["train"]
-    if not isinstance(train, TensorDataset):
-        return shop.data
-    inputs, targets = train.tensors[:2]
+    if type(train) is not TensorDataset:
+        return None
+    inputs = train.tensors[0]
     first = teacher_outputs(teacher, inputs[:BATCH_SIZE], BATCH_SIZE)
     if first.nbytes / len(first) * len(inputs) > AT_MOST_MB * 1e6:
-        return shop.data
+        return None
     outputs = _shared(shop.shelf, teacher, inputs, first)
-    return {**shop.data, "train": TensorDataset(inputs, targets, outputs)}
+    return {**shop.data, "train": TensorDataset(*train.tensors, outputs)}
 
 
 def _shared(shelf: Path | None, teacher: Teacher, inputs: Tensor, first: Tensor) -> Tensor:
@@ -96,6 +161,7 @@ def _shared(shelf: Path | None, teacher: Teacher, inputs: Tensor, first: Tensor)
         return teacher_outputs(teacher, inputs, BATCH_SIZE)
     digest = hashlib.blake2b(digest_size=8)
     for tensor in (inputs, first):
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     file = shelf / f"outputs-{digest.hexdigest()}.pt"
     outputs: Tensor | None = None
