@@ -92,6 +92,27 @@ def batch_norm(world: World, folder: Path) -> dict[str, Any]:
     }
 
 
+def left_over(world: World, folder: Path) -> dict[str, Any]:
+    """Batch norm over 33 samples in batches of 32, over 11 in batches of 8 (three are left), and in parts of one."""
+    found: dict[str, Any] = {}
+    for num_samples, batch_size, parts in ((33, 32, 1), (11, 8, 1), (8, 8, 8)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 3))
+        data = {"train": blobs(num_samples, 8), "val": blobs(9, 8)}
+        steps: list[int] = []
+        fitted = fit(
+            model,
+            data,
+            TrainConfig(epochs=2, batch_size=batch_size, accumulate_steps=parts, optimizer=SGD),
+            objective=OBJECTIVE,
+            seed=3,
+            world=world,
+            after_step=lambda model, steps=steps: steps.append(1),  # type: ignore[misc]
+        )
+        found[f"{num_samples} in {parts}"] = {"steps": len(steps), "note": fitted.notes.get("batches", "")}
+    return found
+
+
 def one_worker_stops(world: World, folder: Path) -> int:
     config = TrainConfig(epochs=5, batch_size=8)
     data = {"train": blobs(20, 8), "val": blobs(9, 8)}
@@ -124,7 +145,7 @@ def unused_parameter(world: World, folder: Path) -> str:
 
 def loss_of_one_worker_is_nan(world: World, folder: Path) -> str:
     """On the last rank, in the last step of an epoch: nothing later in it tells the others."""
-    data = {"train": blobs(20, 8), "val": blobs(9, 8)}
+    data = {"train": blobs(24, 8), "val": blobs(9, 8)}
     steps = iter(range(1, 100))
 
     def explode(outputs: Tensor, batch: tuple[Any, ...]) -> Tensor:
@@ -182,6 +203,7 @@ SCENARIOS = (
     in_parts,
     exact_metrics,
     batch_norm,
+    left_over,
     one_worker_stops,
     resumed,
     users_loop,

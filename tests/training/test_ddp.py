@@ -62,6 +62,16 @@ def test_the_model_that_is_evaluated_is_the_model_that_is_saved(results: Results
     assert figures["during"] == pytest.approx(figures["after"], rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_batch_norm_trains_whatever_is_left_over_in_as_many_steps_by_any_number_of_workers(
+    results: Results, size: int
+) -> None:
+    found = results[size]["left_over"]
+    assert {name: told["steps"] for name, told in found.items()} == {"33 in 1": 2, "11 in 1": 4, "8 in 8": 2}
+    assert "Expected more than 1 value per channel" in found["33 in 1"]["note"]
+    assert bool(found["11 in 1"]["note"]) == (size > 1)
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_workers_stop_when_one_is_asked_to(results: Results, size: int) -> None:
     assert results[size]["one_worker_stops"] == 2

@@ -101,6 +101,7 @@ def mend(
             after_step(model)  # averaged weights are averages of before and after each step
         metrics, found["best_epoch"] = tuned.metrics, len(rows) + tuned.epoch
         rows += tuned.history
+        found |= tuned.notes
     if rows:
         found["history"] = rows
     files = shop.save(model.eval(), history=[*described["history"], *steps], reference=described["reference"])

@@ -128,6 +128,7 @@ def _keep(context: StageContext, config: TrainConfig, fitted: "Fit") -> StageRes
             "history": fitted.history,
             "validations": fitted.validations,
             **fitted.choice,
+            **fitted.notes,
             "parity": {"reload": reload_parity(context, config, model)},
         },
     )

@@ -4,7 +4,8 @@
 worker r takes the r-th part of each, and `accumulate_steps` cuts that part again. A share's weight makes the sum of its
 losses' gradients, averaged over workers as DDP does, the exact mean over the global batch. A worker for which a short
 last batch leaves nothing borrows one of its samples at weight 0: it still takes part in every collective, and its model
-never sees an empty batch.
+never sees an empty batch. Some models, such as those with batch norm, cannot train on one sample: for them what would
+be left over is merged with its neighbour (`min_rows`; `training/leftover.py` says when).
 
 A stream (an `IterableDataset`) has no permutation: its global batches are its samples in their order.
 
@@ -15,7 +16,7 @@ without any Python per sample.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -49,22 +50,32 @@ def split_evenly(num_samples: int, num_parts: int) -> list[int]:
 
 
 def training_shares(
-    num_samples: int, *, batch_size: int, seed: int, epoch: int, world: World, accumulate_steps: int = 1
+    num_samples: int,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    world: World,
+    accumulate_steps: int = 1,
+    min_rows: int = 1,
 ) -> list[Share]:
-    """One worker's shares of an epoch, in order. Every worker has the same number of steps."""
+    """One worker's shares of an epoch, in order. Every worker has the same number of steps, and of shares in each."""
     generator = torch.Generator().manual_seed(derive_seed(seed, epoch))
-    order = torch.randperm(num_samples, generator=generator)
+    batches = list(torch.split(torch.randperm(num_samples, generator=generator), batch_size))
+    if len(batches) > 1 and len(batches[-1]) < min_rows:
+        batches[-2:] = [torch.cat(batches[-2:])]
     return [
         share
-        for global_batch in torch.split(order, batch_size)
-        for share in _shares_of(global_batch, world=world, accumulate_steps=accumulate_steps)
+        for global_batch in batches
+        for share in shares_of(global_batch, world=world, accumulate_steps=accumulate_steps, min_rows=min_rows)
     ]
 
 
-def _shares_of(global_batch: Tensor, *, world: World, accumulate_steps: int) -> list[Share]:
+def shares_of(global_batch: Tensor, *, world: World, accumulate_steps: int, min_rows: int) -> list[Share]:
     """One worker's shares of one global batch of indices."""
-    mine, count = _part_of(global_batch, world)
-    parts = mine.tensor_split(min(accumulate_steps, len(mine)))
+    mine, count = _part_of(global_batch, world, min_rows)
+    smallest = min(filter(None, counts_of(len(global_batch), world.size, min_rows)))
+    parts = mine.tensor_split(min(accumulate_steps, max(1, smallest // min_rows)))
     counts = [len(part) if count else 0 for part in parts]
     return [
         Share(part, num_samples=n, weight=n * world.size / len(global_batch), ends_step=number == len(parts))
@@ -81,12 +92,18 @@ def evaluation_shares(num_samples: int, *, batch_size: int, world: World) -> lis
     return [Share(part, n, weight=1.0, ends_step=True) for part, n in zip(parts + borrowed, counts)]
 
 
-def _part_of(indices: Tensor, world: World) -> tuple[Tensor, int]:
-    """This worker's part of the indices and how many of them count; one borrowed index, and 0, where there is none."""
-    counts = split_evenly(len(indices), world.size)
+def counts_of(num_samples: int, num_workers: int, min_rows: int) -> list[int]:
+    """How many of a batch's samples each worker has: evenly, but `min_rows` or none as far as there are as many."""
+    having = max(1, min(num_workers, num_samples // min_rows))
+    return split_evenly(num_samples, having) + [0] * (num_workers - having)
+
+
+def _part_of(indices: Tensor, world: World, min_rows: int = 1) -> tuple[Tensor, int]:
+    """This worker's part of the indices and how many of them count; borrowed indices, and 0, where there are none."""
+    counts = counts_of(len(indices), world.size, min_rows)
     start = sum(counts[: world.rank])
     mine = indices[start : start + counts[world.rank]]
-    return (mine, len(mine)) if len(mine) else (indices[-1:], 0)
+    return (mine, len(mine)) if len(mine) else (indices[-min_rows:], 0)
 
 
 def load_batches(
@@ -117,10 +134,16 @@ def epoch_batches(
     device: torch.device,
     accumulate_steps: int = 1,
     max_steps: int | None = None,
+    min_rows: int = 1,
 ) -> Iterator[tuple[Share, Batch]]:
-    """One worker's shares of an epoch with their batches: of a permutation, or of a stream in its own order."""
+    """One worker's shares of an epoch with their batches: of a permutation, or of a stream in its own order.
+
+    No share has fewer than `min_rows` samples, unless the data has: what would is merged with its neighbour.
+    """
     if isinstance(dataset, IterableDataset):
-        pairs = _stream_batches(dataset, batch_size, world=world, device=device, accumulate_steps=accumulate_steps)
+        pairs = _stream_batches(
+            dataset, batch_size, world=world, device=device, accumulate_steps=accumulate_steps, min_rows=min_rows
+        )
     else:
         shares = training_shares(
             len(dataset),  # type: ignore[arg-type]
@@ -129,6 +152,7 @@ def epoch_batches(
             epoch=epoch,
             world=world,
             accumulate_steps=accumulate_steps,
+            min_rows=min_rows,
         )
         pairs = load_batches(dataset, shares, device=device)
     steps = 0
@@ -140,13 +164,8 @@ def epoch_batches(
 
 
 def first_sample(dataset: Dataset[Any], device: torch.device) -> Batch:
-    """A batch of one sample."""
-    return first_samples(dataset, device, count=1)
-
-
-def first_samples(dataset: Dataset[Any], device: torch.device, *, count: int) -> Batch:
-    """A batch of `count` samples, or of all if there are fewer."""
-    batches = epoch_batches(dataset, batch_size=count, seed=0, epoch=0, world=World(), device=device, max_steps=1)
+    """A batch of one sample, which need not be the first of the data."""
+    batches = epoch_batches(dataset, batch_size=1, seed=0, epoch=0, world=World(), device=device, max_steps=1)
     ((_, batch),) = batches
     return batch
 
@@ -155,7 +174,7 @@ def first_rows(dataset: Dataset[Any], count: int, *, device: torch.device | None
     """The first `count` samples, in their order, as one batch; all of them, if there are fewer."""
     device = device or torch.device("cpu")
     if isinstance(dataset, IterableDataset):
-        batches = _stream_batches(dataset, count, world=World(), device=device, accumulate_steps=1)
+        batches = _stream_batches(dataset, count, world=World(), device=device, accumulate_steps=1, min_rows=1)
     else:
         rows = torch.arange(min(count, len(dataset)))  # type: ignore[arg-type]
         batches = load_batches(dataset, [Share(rows, len(rows), weight=1.0, ends_step=True)], device=device)
@@ -164,20 +183,34 @@ def first_rows(dataset: Dataset[Any], count: int, *, device: torch.device | None
     raise StageError("the training data gave no sample; a stream must start anew each time it is iterated over")
 
 
-def num_steps(dataset: Dataset[Any], batch_size: int) -> int | None:
+def num_steps(dataset: Dataset[Any], batch_size: int, *, min_rows: int = 1) -> int | None:
     """The global batches of an epoch; None for a stream, whose length nobody knows."""
     if isinstance(dataset, IterableDataset):
         return None
-    return math.ceil(len(dataset) / batch_size)  # type: ignore[arg-type]
+    whole, rest = divmod(len(dataset), batch_size)  # type: ignore[arg-type]
+    return max(1, whole + (rest >= min_rows)) if rest else whole
 
 
 def _stream_batches(
-    dataset: IterableDataset[Any], batch_size: int, *, world: World, device: torch.device, accumulate_steps: int
+    dataset: IterableDataset[Any],
+    batch_size: int,
+    *,
+    world: World,
+    device: torch.device,
+    accumulate_steps: int,
+    min_rows: int,
 ) -> Iterator[tuple[Share, Batch]]:
     """Every worker reads the whole stream, which must be the same for all, and takes its part of each global batch."""
     stream = iter(dataset)
     while samples := list(islice(stream, batch_size)):
-        for share in _shares_of(torch.arange(len(samples)), world=world, accumulate_steps=accumulate_steps):
+        if min_rows > 1 and len(samples) == batch_size:
+            following = list(islice(stream, min_rows))
+            if len(following) < min_rows:
+                samples += following
+            else:
+                stream = chain(following, stream)
+        indices = torch.arange(len(samples))
+        for share in shares_of(indices, world=world, accumulate_steps=accumulate_steps, min_rows=min_rows):
             batch = _as_tuple(default_collate([samples[index] for index in share.indices.tolist()]))
             yield share, tuple(item.to(device) if isinstance(item, Tensor) else item for item in batch)
 

@@ -15,11 +15,12 @@ from typing import Any
 from torch import nn
 from torch.utils.data import Dataset
 
-from heliostat.training.batches import Batch, epoch_batches, first_sample, first_samples, num_steps
+from heliostat.training.batches import Batch, epoch_batches, first_rows, first_sample, num_steps
 from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.config import TrainConfig
 from heliostat.training.evaluation import evaluate
 from heliostat.training.layout import SAMPLES, Layout, choose_layout
+from heliostat.training.leftover import find_min_rows
 from heliostat.training.losses import BatchLoss, LossMeter, LossRule
 from heliostat.training.phases import Phases
 from heliostat.training.progress import Fit, OnBest, OnEpoch, Progress, is_better
@@ -120,17 +121,18 @@ def train_epochs(
             model, config, world, rule=rule, example=example, own_step=own_step, checkpoints=checkpoints
         )
         config = config.model_copy(update={"strategy": choice.strategy})
+    least = find_min_rows(model, data["train"], config, rule=rule, world=world)
     layout = Layout(model)
     if config.strategy.is_replicated:
 
         def few() -> Batch:
-            return first_samples(data["train"], world.device, count=SAMPLES)
+            return first_rows(data["train"], SAMPLES, device=world.device)
 
         layout = choose_layout(model, few, rule=rule, optimizer=config.optimizer, world=world)
     if config.compile:
         model.compile()
     parallel = parallelize(model, config.strategy, world, batch_size=config.batch_size, example=lambda: example()[0])
-    steps_per_epoch = config.steps_per_epoch or num_steps(data["train"], config.batch_size)
+    steps_per_epoch = config.steps_per_epoch or num_steps(data["train"], config.batch_size, min_rows=least.rows)
     trainee = start_training(parallel, rule, config, steps_per_epoch=steps_per_epoch, mode=mode)
 
     progress, best_state = take_up(trainee, checkpoints, world=world)
@@ -161,6 +163,7 @@ def train_epochs(
                 progress=progress,
                 phases=phases,
                 layout=layout,
+                min_rows=least.rows,
                 validate=validate,
                 after_step=after_step,
             )
@@ -186,7 +189,8 @@ def train_epochs(
         checkpoint_s = time.perf_counter() - started
 
     layout.leave()
-    return progress.fit(state=parallel.gather(best_state), choice=choice.record() if choice else {})
+    record = choice.record() if choice else {}
+    return progress.fit(state=parallel.gather(best_state), choice=record, notes=least.notes)
 
 
 def _train_epoch(
@@ -199,6 +203,7 @@ def _train_epoch(
     progress: Progress,
     phases: Phases,
     layout: Layout,
+    min_rows: int,
     validate: Callable[[], dict[str, float]],
     after_step: Callable[[nn.Module], None] | None,
 ) -> dict[str, float]:
@@ -213,6 +218,7 @@ def _train_epoch(
         device=parallel.data.device,
         accumulate_steps=config.accumulate_steps,
         max_steps=config.steps_per_epoch,
+        min_rows=min_rows,
     )
     losses, step, lr = LossMeter(epoch=epoch, world=parallel.data), 1, 0.0
 

@@ -37,6 +37,8 @@ class Fit:
     """Time spent on the epochs of the history, interruptions left out."""
     choice: Mapping[str, Any] = field(default_factory=dict)
     """The strategy that `auto` took, why, and the memory that it was weighed by, as JSON values."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What was done otherwise than the config says, and why, for the record's details."""
 
 
 @dataclass
@@ -50,7 +52,9 @@ class Progress:
     """Optimizer steps, over all epochs."""
     validations: list[dict[str, float]] = field(default_factory=list)
 
-    def fit(self, *, state: dict[str, Tensor], choice: Mapping[str, Any]) -> Fit:
+    def fit(
+        self, *, state: dict[str, Tensor], choice: Mapping[str, Any], notes: Mapping[str, str] | None = None
+    ) -> Fit:
         """The result of a run that has ended, `state` being its best epoch's."""
         return Fit(
             state=state,
@@ -61,6 +65,7 @@ class Progress:
             epochs=self.epoch,
             seconds=sum(row["seconds"] for row in self.history),
             choice=choice,
+            notes=notes or {},
         )
 
 

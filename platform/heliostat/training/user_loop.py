@@ -11,12 +11,13 @@ from contextlib import ExitStack, suppress
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from heliostat.core.imports import resolve
 from heliostat.core.spec import Task
 from heliostat.errors import StageError, nearest
-from heliostat.training.batches import split_evenly
+from heliostat.training.batches import counts_of
 from heliostat.training.checkpoints import Checkpoints, State
 from heliostat.training.config import TrainConfig
 from heliostat.training.own_model import spread_for_own_loop, whole_checkpoint
@@ -70,7 +71,9 @@ class TrainContext:
         own = spread_for_own_loop(model, self._config, self._world)
         self.ended.callback(own.undo)
         self._choice = own.choice
-        return own.module, _share_loader(loader, self._world, own.data)
+        has_batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+        min_rows = 2 if has_batch_norm else 1
+        return own.module, _share_loader(loader, self._world, own.data, min_rows=min_rows)
 
     def clip_gradients(self, parameters: Iterable[nn.Parameter], max_norm: float) -> None:
         """`torch.nn.utils.clip_grad_norm_` that also takes a model of which only some layers are split."""
@@ -185,25 +188,28 @@ def run_user_loop(
 class _SharedBatches(Sampler[list[int]]):
     """One worker's part of every batch that rank 0's sampler draws; `data` are the workers that share a batch.
 
-    In an epoch's last batch a worker without a sample repeats one: a user's loop weights its own losses.
+    In an epoch's last batch a worker without a sample repeats one: a user's loop weights its own losses. With batch
+    norm, which one sample is too few for, no worker has fewer than `min_rows` of a batch that has as many.
     """
 
-    def __init__(self, batch_sampler: Sampler[list[int]] | Iterable[list[int]], world: World, data: World) -> None:
-        self._batch_sampler = batch_sampler
+    def __init__(
+        self, batch_sampler: Sampler[list[int]] | Iterable[list[int]], world: World, data: World, min_rows: int
+    ) -> None:
+        self._batch_sampler, self._min_rows = batch_sampler, min_rows
         self._world, self._data = world, data
 
     def __iter__(self) -> Iterator[list[int]]:
         drawn = [list(batch) for batch in self._batch_sampler] if self._world.rank == 0 else None
         for batch in from_first_worker(drawn, world=self._world):
-            counts = split_evenly(len(batch), self._data.size)
+            counts = counts_of(len(batch), self._data.size, self._min_rows)
             start = sum(counts[: self._data.rank])
-            yield batch[start : start + counts[self._data.rank]] or batch[-1:]
+            yield batch[start : start + counts[self._data.rank]] or batch[-self._min_rows :]
 
     def __len__(self) -> int:
         return len(self._batch_sampler)  # type: ignore[arg-type]
 
 
-def _share_loader(loader: DataLoader[Any], world: World, data: World) -> DataLoader[Any]:
+def _share_loader(loader: DataLoader[Any], world: World, data: World, *, min_rows: int) -> DataLoader[Any]:
     if world.size == 1:
         return loader
     if loader.batch_sampler is None or isinstance(loader.dataset, IterableDataset):
@@ -212,7 +218,7 @@ def _share_loader(loader: DataLoader[Any], world: World, data: World) -> DataLoa
         )
     return DataLoader(
         loader.dataset,
-        batch_sampler=_SharedBatches(loader.batch_sampler, world, data),
+        batch_sampler=_SharedBatches(loader.batch_sampler, world, data, min_rows),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

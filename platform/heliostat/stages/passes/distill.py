@@ -52,6 +52,7 @@ def distill_model(shop: Workshop, teachers: Sequence[Source], config: DistillCon
             "history": fitted.history,
             "warnings": warnings,
             **lesson.details,
+            **fitted.notes,
             "parity": {
                 "reload": shop.reload_parity(model),
                 "source": shop.parity(teacher, against=names),

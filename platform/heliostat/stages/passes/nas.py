@@ -71,6 +71,7 @@ def search_architecture(shop: Workshop, config: NasConfig, *, alone: Callable[..
     recipe = shop.recipe.model_copy(update={"model_args": _arguments(shop, winner)})
     shop, metrics, history = replace(shop, recipe=recipe), dict(found.figures), list(fitted.history)
     details: dict[str, Any] = {"winner": winner, "subnets": found.table, "best_epoch": fitted.epoch}
+    details |= fitted.notes
     if soft_loss is not None:
         details["distillation"] = {"loss": soft_loss.name, "why": soft_loss.why}
     if config.finetune_epochs:
@@ -172,6 +173,7 @@ def _calibration(shop: Workshop) -> Iterator[Tensor]:
         epoch=0,
         world=World(),
         device=torch.device("cpu"),
+        min_rows=2,
     )
     return (batch[0] for _, batch in islice(batches, CALIBRATION_BATCHES))
 

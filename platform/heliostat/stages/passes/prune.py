@@ -23,8 +23,11 @@ from heliostat.stages.passes.workshop import Source, Workshop
 from heliostat.stages.prune import PenaltyConfig, PruneConfig
 from heliostat.training.batches import Batch, num_steps
 from heliostat.training.config import SchedulerConfig
+from heliostat.training.leftover import find_min_rows
+from heliostat.training.losses import LossRule
 from heliostat.training.seeding import derive_seed
 from heliostat.training.task import build_objective
+from heliostat.training.world import World
 
 Rows = list[dict[str, float]]
 
@@ -62,7 +65,10 @@ def _make_sparse(shop: Workshop, model: nn.Module, config: PruneConfig, sparsity
         return _penalized(shop, model, config, config.penalty)
     if config.gradual_epochs:
         sparse = config.changed(shop.recipe, epochs=config.gradual_epochs, scheduler=SchedulerConfig())
-        steps = sparse.steps_per_epoch or num_steps(shop.data["train"], sparse.batch_size)
+        loss, world = build_objective(shop.task).loss, World()
+        rule = LossRule(lambda outputs, batch: loss(outputs, batch[1]), precision=sparse.precision, device=world.device)
+        least = find_min_rows(model, shop.data["train"], sparse, rule=rule, world=world)
+        steps = sparse.steps_per_epoch or num_steps(shop.data["train"], sparse.batch_size, min_rows=least.rows)
         if steps is None:
             raise StageError("gradual_epochs: the training data is a stream; train it with steps_per_epoch")
         ramp = Ramp(sparsity, sparse.epochs * steps, scope=config.ranked, skip=config.skip)

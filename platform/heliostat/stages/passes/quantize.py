@@ -39,7 +39,7 @@ def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> St
         exact = source.folder
         if config.method == "qat":
             model, tuned, found = _aware(shop, source, config)
-            details |= {"history": tuned.history, "best_epoch": tuned.epoch, **found}
+            details |= {"history": tuned.history, "best_epoch": tuned.epoch, **tuned.notes, **found}
             metrics, exact = tuned.metrics, Path(scratch, "aware")
             tool.export(model, exact, example=shop.samples("val", PARITY_SAMPLES))
         elif describe(source.folder)["format"] != BACKENDS[config.backend].takes:
