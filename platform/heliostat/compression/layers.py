@@ -9,6 +9,8 @@ from heliostat.errors import SpecError, nearest
 
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 """Layers that are a matrix product at heart."""
+SHAPE_KEPT = (nn.Identity, nn.Dropout, nn.Softmax, nn.LogSoftmax, nn.Sigmoid, nn.LogSigmoid)
+"""Layers that give as many outputs as they take, and end some models."""
 
 
 def names_matching(layers: Sequence[str], pattern: str, *, option: str) -> list[str]:
@@ -17,6 +19,31 @@ def names_matching(layers: Sequence[str], pattern: str, *, option: str) -> list[
     if not found:
         raise SpecError(f"{option}: {pattern!r} matches no layer{nearest(pattern, layers)}")
     return found
+
+
+def num_outputs(model: nn.Module) -> int | None:
+    """How many outputs, classes or channels, a model gives that ends in a layer; None where that cannot be told.
+
+    The model's graph is traced: nothing is computed, so it may be on torch's meta device.
+    """
+    from torch import fx
+
+    try:
+        graph = fx.symbolic_trace(model)
+    except Exception:  # a forward pass that looks at values, or does what cannot be traced
+        return None
+    (end,) = (node for node in graph.graph.nodes if node.op == "output")
+    node = end.args[0]
+    while isinstance(node, fx.Node) and node.op == "call_module":
+        layer = graph.get_submodule(str(node.target))
+        if isinstance(layer, nn.Linear):
+            return layer.out_features
+        if isinstance(layer, nn.modules.conv._ConvNd):
+            return layer.out_channels
+        if not isinstance(layer, SHAPE_KEPT):
+            return None
+        node = node.args[0]
+    return None
 
 
 def skipped(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """`distill`: train a smaller student on a teacher's soft outputs (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from heliostat.core.imports import resolve, why_not_callable
 from heliostat.core.spec import Reference
@@ -37,6 +38,30 @@ def _check(config: DistillConfig, view: ConfigView) -> Iterator[str]:
             yield f"config.features: layers are matched with those of one teacher, not of {len(teachers)}"
         elif teachers[0] in UNTRAINABLE:
             yield f"config.features: what {teachers[0]!r} makes has no layers to match; name the stage before it"
+    yield from _check_outputs(config, view)
+
+
+def _check_outputs(config: DistillConfig, view: ConfigView) -> Iterator[str]:
+    """Whether teachers and student end in as many outputs, where their model functions tell without any data."""
+    known = [upstream for kind, upstream in view.inputs["teacher"] if kind.name == "train"]
+    if len(known) < len(view.inputs["teacher"]):
+        return  # what another stage makes of which model is not in its config
+    from heliostat.compression.layers import num_outputs
+    from heliostat.training.strategies.forecast import on_meta
+
+    def outputs_of(function: Callable[..., Any], trained: TrainConfig) -> int | None:
+        model = on_meta(function, trained)
+        return None if isinstance(model, str) else num_outputs(model)
+
+    teachers = [upstream for upstream in known if isinstance(upstream, TrainConfig)]
+    model_args = config.model_args if config.model else {**teachers[0].model_args, **config.model_args}
+    constructor = resolve(config.model) if config.model else view.functions["model"]
+    own = outputs_of(constructor, TrainConfig(model_args=model_args))
+    for teacher in teachers:
+        theirs = outputs_of(view.functions["model"], teacher)
+        if own is not None and theirs is not None and own != theirs:
+            yield f"config.model_args: the student ends in {own} outputs, its teacher in {theirs}; both need as many"
+            return
 
 
 @stage(
