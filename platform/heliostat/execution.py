@@ -9,16 +9,16 @@ it in one go; stages that do not look at it start before that. A failed node sto
 
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from heliostat.core.artifact import Artifact, Record, digest_files, keep_only, read_record, write_record
+from heliostat.core.capacity import NOTHING
 from heliostat.core.carrier import Files, followed, supplied
 from heliostat.core.outcome import NodeOutcome, Status, View
 from heliostat.core.plan import Node, Plan, artifact_of, record_of
@@ -26,7 +26,7 @@ from heliostat.core.stage import SHELF, StageContext, StageResult, call_stage
 from heliostat.errors import ArtifactError, HeliostatError, StageError
 from heliostat.history import History, NodeReporter
 from heliostat.mirror import Exchange, Mirror
-from heliostat.stages.measure import Speed, Subject, call_example, measure_quality, measure_speeds
+from heliostat.stages.measure import Speed, Subject, call_example, measure_quality, measure_speeds, timed
 
 POLL_S = 0.2
 
@@ -142,16 +142,14 @@ class Execution:
 
     def _make(self, node: Node) -> list[NodeOutcome | _Made]:
         """Run the stage, measure the quality of the model that it made, if any, and record both."""
-        self._view.started(node)
-        self._history.started(node)
-        started = time.monotonic()
         anew = node.reason.startswith("forced")
         if anew:
             shutil.rmtree(node.folder, ignore_errors=True)
+        reporter = self._reporter(node)
         try:
             node.folder.mkdir(parents=True, exist_ok=True)
             with self._mirror.following(node.folder, anew=anew) as exchange:
-                record = self._run_stage(node, exchange)
+                record = self._run_stage(node, reporter, exchange)
                 self._history.finished(node, record)
                 if node.kind.name == "select":
                     call = (call_example, node.folder, self._plan.pipeline.task, record.params)
@@ -159,19 +157,20 @@ class Execution:
                     self._history.chose(node, example)
                 write_record(node.folder, record)
         except KeyboardInterrupt:
-            self._history.ended(node, "KILLED")
+            reporter.began()
+            self._history.interrupted(node, seconds=reporter.seconds)
             return [outcome_of(node, "skipped", error="interrupted")]
         except Exception as error:
-            return [self._failed(node, error, seconds=time.monotonic() - started)]
+            reporter.began()
+            return [self._failed(node, error, seconds=reporter.seconds)]
         if not node.has_speed:
             return [outcome_of(node, "ran", seconds=record.seconds, metrics=record.metrics)]
         self._view.made(node, record.metrics)
         return [_Made(node, Artifact(node.folder, record), "ran")]
 
-    def _run_stage(self, node: Node, exchange: Exchange) -> Record:
+    def _run_stage(self, node: Node, reporter: NodeReporter, exchange: Exchange) -> Record:
         pipeline = self._plan.pipeline
-        started_at, started = datetime.now(UTC), time.monotonic()
-        reporter = self._reporter(node)
+        reporter.params = _params_used(node)
         context = self._plan.context(
             node,
             inputs=self._inputs(node),
@@ -180,12 +179,16 @@ class Execution:
             carrier=self._mirror.carrier(node.folder),
         )
         result = self._call(node, context)
+        reporter.began()
+        seconds, started_at = reporter.seconds, datetime.now(UTC) - timedelta(seconds=reporter.seconds)
         exchange(result.files)
         files, metrics = digest_files(node.folder, result.files), dict(result.metrics)
         if node.has_speed:
             self._view.progress(node, {"doing": "measuring"})
-            call = (measure_quality, node.folder, pipeline.task, result.params)
-            metrics |= self._task(node, *call, needed={node.folder: files})
+            call = (timed, measure_quality, node.folder, pipeline.task, result.params)
+            quality, measuring_s = self._task(node, *call, needed={node.folder: files})
+            metrics |= quality
+            seconds += measuring_s
         keep_only(node.folder, result.files)
         return Record(
             kind=node.kind.output,
@@ -207,11 +210,12 @@ class Execution:
             versions=self._history.versions,
             git_commit=self._history.git_commit,
             started_at=started_at.isoformat(timespec="seconds"),
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(seconds, 3),
         )
 
     def _reporter(self, node: Node) -> NodeReporter:
-        return self._history.reporter(node, self._view, when_nearly_over=partial(self._call_up_next, node))
+        call_up = partial(self._call_up_next, node)
+        return self._history.reporter(node, self._view, when_nearly_over=call_up)
 
     def _call_up_next(self, last: Node) -> None:
         """Have the processes started of the nodes that wait for `last` alone."""
@@ -228,6 +232,9 @@ class Execution:
 
     def _call(self, node: Node, context: StageContext) -> StageResult:
         if node.kind.place == "driver":
+            # The built-in stages that wait for processes say when they have them.
+            if not node.kind.is_built_in or node.kind.needs(node.resources) == NOTHING:
+                context.reporter.began()
             return node.kind.function(context, node.config)
         from heliostat.runtime.hang import NOTE, call_stage_watched, told_where_it_hung
         from heliostat.runtime.mailbox import relay
@@ -327,8 +334,12 @@ class Execution:
 
     def _failed(self, node: Node, error: Exception, *, seconds: float, made: Record | None = None) -> NodeOutcome:
         text = str(error) if isinstance(error, HeliostatError) else _with_traceback(error)
-        self._history.failed(node, text, made)
+        self._history.failed(node, text, seconds=seconds, made=made)
         return outcome_of(node, "failed", seconds=seconds, error=text)
+
+
+def _params_used(node: Node) -> Mapping[str, Any]:
+    return node.kind.params_used(node.config, {slot: tuple(map(record_of, ups)) for slot, ups in node.inputs.items()})
 
 
 def _subject(node: Node, artifact: Artifact) -> Subject:

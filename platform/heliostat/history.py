@@ -1,17 +1,22 @@
 """How a run gets into MLflow: one tree, pipeline > stage > trial, under keys that stay the same when a run resumes."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from heliostat.core.artifact import Record, artifact_json, read_record, write_record
 from heliostat.core.imports import own_sources
+from heliostat.core.outcome import NodeOutcome
 from heliostat.core.plan import Node, Plan, record_of
 from heliostat.tracking.context import code_tags, git_commit, library_versions
+from heliostat.tracking.events import NOTE_TAG
 from heliostat.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -22,9 +27,11 @@ if TYPE_CHECKING:
 CLOSE_TIMEOUT_S = 60.0
 TRIAL_STATUS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "done": "FINISHED",
-    "stopped": "FINISHED",
+    "stopped": "KILLED",  # as MLflow's own storage for Optuna has it
     "failed": "FAILED",
 }
+BEST = "best_"
+"""Precedes a figure of the model that is kept. The plain name belongs to the curve, which ends at the last epoch."""
 
 
 def run_key(planned: Plan, cut_off: Sequence[str]) -> str:
@@ -83,9 +90,9 @@ class History:
     def _key_of(self, node: Node) -> str:
         return f"{self._key}/{node.fingerprint}"
 
-    def started(self, node: Node) -> None:
+    def started(self, node: Node, params: Mapping[str, Any]) -> None:
+        """The node works, by `params`: those that it uses, which may not be those of the file."""
         tags = {"heliostat.stage": node.stage, "heliostat.uses": node.uses, "heliostat.fingerprint": node.fingerprint}
-        params = node.config.model_dump(mode="json")
         self._tracker.start_run(self._key_of(node), name=node.name, parent=self._key, tags=tags, params=params)
 
     def reused(self, node: Node) -> None:
@@ -94,7 +101,8 @@ class History:
 
     def reporter(self, node: Node, view: "View", *, when_nearly_over: Callable[[], None]) -> "NodeReporter":
         """`when_nearly_over` is called when the last of the things that the stage does is left."""
-        return NodeReporter(self._tracker, self._key_of(node), node, view, when_nearly_over)
+        begin = partial(self.started, node)
+        return NodeReporter(self._tracker, self._key_of(node), node, view, when_nearly_over, begin)
 
     def finished(self, node: Node, record: Record) -> None:
         """To be told before the record is written: a node that has one is reused, and not told of again."""
@@ -104,33 +112,32 @@ class History:
             self._tracker.metrics(key, row, step=epoch)
         for row in record.details.get("validations", ()):
             self._tracker.metrics(key, {f"step_{name}": row[name] for name in row if name != "step"}, step=row["step"])
-        if record.metrics:  # after the epochs, so that MLflow shows the artifact's own figures as the latest
-            self._tracker.metrics(key, record.metrics, step=len(epochs) + 1 if epochs else 0)
+        self._tracker.metrics(key, _figures(record, record.metrics), step=_step(record))
         self._tracker.params(key, {f"result.{name}": value for name, value in record.params.items()})
         self._tracker.text(key, artifact_json(record), "record.json")
         self._tracker.tags(key, {"heliostat.path": str(node.folder)})
-        self._tracker.end_run(key, status="FINISHED")
+        self._tracker.end_run(key, status="FINISHED", seconds=record.seconds)
 
     def measured(self, node: Node, record: Record, speed: Mapping[str, float]) -> None:
         """The speed of a model, which is measured later than the rest: in the tree of the run that made the model.
 
         As `finished`, to be told before the record is written.
         """
-        key, epochs = self._go_on(node, record), record.details.get("history", ())
-        self._tracker.metrics(key, speed, step=len(epochs) + 1 if epochs else 0)
+        key = self._go_on(node, record)
+        self._tracker.metrics(key, _figures(record, speed), step=_step(record))
         self._tracker.text(key, artifact_json(record), "record.json")
-        self._tracker.end_run(key, status="FINISHED")
+        self._tracker.end_run(key, status="FINISHED", seconds=record.seconds)
 
     def chose(self, node: Node, example: "tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]") -> None:
         """The chosen model as an MLflow model. `example` is a small batch of its inputs and what it gives for them."""
         inputs, outputs = example
         self._tracker.log_model(self._key_of(node), node.folder, input_example=inputs, output_example=outputs)
 
-    def failed(self, node: Node, reason: str, made: Record | None = None) -> None:
+    def failed(self, node: Node, reason: str, *, seconds: float, made: Record | None = None) -> None:
         """`made` is the record of a model that failed only when its speed was measured."""
         key = self._go_on(node, made) if made else self._key_of(node)
         self._tracker.error(key, reason)
-        self._tracker.end_run(key, status="FAILED")
+        self._tracker.end_run(key, status="FAILED", seconds=seconds)
 
     def _go_on(self, node: Node, made: Record) -> str:
         """Go on with the run that made a model, often one of an earlier tree; its key.
@@ -139,16 +146,19 @@ class History:
         """
         key = made.tracking.get("key")
         if key is None:
-            self.started(node)
+            self.started(node, {})
             self.finished(node, made)
             return self._key_of(node)
         self._tracker.start_run(key, name=made.node, parent=key.rpartition("/")[0])
         return key
 
-    def ended(self, node: Node, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
-        self._tracker.end_run(self._key_of(node), status=status)
+    def interrupted(self, node: Node, *, seconds: float) -> None:
+        self._tracker.end_run(self._key_of(node), status="KILLED", seconds=seconds)
 
-    def end(self, status: str, selected: Mapping[str, Any] | None) -> None:
+    def end(self, status: str, selected: Mapping[str, Any] | None, outcomes: Sequence[NodeOutcome] = ()) -> None:
+        """The run is over. Of nodes that failed, and those that were skipped for it, it tells the reasons."""
+        if status == "failed":
+            self._tracker.error(self._key, "\n".join(_why_not_done(outcomes)))
         if selected is not None:
             self._tracker.metrics(self._key, selected["metrics"], step=0)
             self._tracker.tags(self._key, {"heliostat.selected": selected["node"]})
@@ -189,16 +199,66 @@ class History:
             write_record(node.folder, replace(record, tracking=ids))
 
 
+def _step(record: Record) -> int:
+    """The step of what is known of a model once: its best epoch, or 0 where it was made in none."""
+    step: int = record.details.get("best_epoch", 0)
+    return step
+
+
+def _figures(record: Record, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Figures of a model, under names that no curve of its epochs has.
+
+    Figures of `val` are there as `best_val_…` whether there is a curve or not, so that all stages have one column.
+    """
+    curves = {name for row in record.details.get("history", ()) for name in row}
+    best = {f"{BEST}{name}": value for name, value in metrics.items() if name in curves or name.startswith("val_")}
+    return best | {name: value for name, value in metrics.items() if name not in curves}
+
+
+def _why_not_done(outcomes: Sequence[NodeOutcome]) -> Iterator[str]:
+    """A line for each node that failed, and then for each that was skipped."""
+    for status in ("failed", "skipped"):
+        for outcome in outcomes:
+            if outcome.status == status:
+                first_line, _, _ = (outcome.error or "").partition("\n")
+                yield f"{outcome.name} {status}: {first_line}"
+
+
 class NodeReporter:
     """Passes what a running stage says on to MLflow and to the view."""
 
     def __init__(
-        self, tracker: Tracker, key: str, node: Node, view: "View", when_nearly_over: Callable[[], None]
+        self,
+        tracker: Tracker,
+        key: str,
+        node: Node,
+        view: "View",
+        when_nearly_over: Callable[[], None],
+        begin: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self._tracker, self._key, self._node, self._view = tracker, key, node, view
-        self._when_nearly_over = when_nearly_over
+        self._when_nearly_over, self._begin = when_nearly_over, begin
+        self._lock = threading.Lock()
+        self._since = time.time()
+        self._began_at: float | None = None
+        self.params: Mapping[str, Any] = {}
+        """What the stage works with; to be set before it begins."""
         self.warnings: list[str] = []
         """What it was warned of, in order."""
+
+    def began(self, at: float | None = None) -> None:
+        with self._lock:
+            if self._began_at is not None:
+                return
+            now = time.time()
+            self._began_at = now if at is None else min(max(at, self._since), now)  # clocks of machines differ
+        self._begin(self.params)
+        self._view.started(self._node)
+
+    @property
+    def seconds(self) -> float:
+        """How long the stage has worked; waiting for CPUs and processes before that does not count."""
+        return 0.0 if self._began_at is None else max(0.0, time.time() - self._began_at)
 
     def _trial(self, trial: str) -> str:
         return f"{self._key}/{trial}"
@@ -218,15 +278,20 @@ class NodeReporter:
         status: Literal["done", "stopped", "failed"],
         *,
         metrics: Mapping[str, float],
+        best_epoch: int = 0,
+        seconds: float | None = None,
         reason: str | None = None,
     ) -> None:
         key = self._trial(trial)
         self._tracker.tags(key, {"heliostat.trial_status": status})
+        if status != "failed" and metrics:
+            self._tracker.metrics(key, {f"{BEST}{name}": metrics[name] for name in metrics}, step=best_epoch)
         if reason and status == "failed":
             self._tracker.error(key, reason)
-        elif reason:
-            self._tracker.tags(key, {"heliostat.reason": reason})
-        self._tracker.end_run(key, status=TRIAL_STATUS[status])
+        elif status == "stopped":  # which MLflow's pages mark as they mark a failed one; the note says which it is
+            reason = reason or "the search was over"
+            self._tracker.tags(key, {"heliostat.reason": reason, NOTE_TAG: f"**Stopped**, not failed: {reason}"})
+        self._tracker.end_run(key, status=TRIAL_STATUS[status], seconds=seconds)
 
     def progress(self, **fields: Any) -> None:
         self._view.progress(self._node, fields)

@@ -155,7 +155,7 @@ def _run_plan(
                 "interrupted" if interrupted else "failed" if failed else "done"
             )
             selected = _selected(planned, outcomes, mirror)
-            history.end(status, selected)
+            history.end(status, selected, outcomes)
         untracked = history.close()
     tracking["run_id"] = history.run_id
     result = RunResult(pipeline.name, status, tuple(outcomes), tracking, selected, log, untracked)

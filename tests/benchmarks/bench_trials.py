@@ -159,7 +159,7 @@ def trial_ends(folder: str) -> list[float]:
     """When MLflow's runs ended, in order. The runs above the trials end last."""
     (database,) = Path(folder).rglob("mlflow.db")
     with sqlite3.connect(database) as db:
-        rows = db.execute("SELECT end_time FROM runs WHERE status = 'FINISHED' ORDER BY end_time")
+        rows = db.execute("SELECT end_time FROM runs WHERE end_time IS NOT NULL ORDER BY end_time")
         return [milliseconds / 1000 for (milliseconds,) in rows]
 
 

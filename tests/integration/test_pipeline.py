@@ -249,17 +249,33 @@ def test_the_history_is_one_tree_of_pipeline_stages_and_trials(finished, tree):
     assert len(trials) == 4
     assert {name for name, parent in parents.items() if parent == top.info.run_id} == {"search", *MODELS}
     assert {name for name, parent in parents.items() if parent == runs["search"].info.run_id} == trials
-    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    stopped = {
+        trial["id"]
+        for trial in json.loads((finished.path("search") / "trials.json").read_text())
+        if trial["status"] == "stopped"
+    }
+    assert {name: run.info.status for name, run in runs.items()} == {
+        name: "KILLED" if name in stopped else "FINISHED" for name in runs
+    }
+    assert all("val_accuracy" in runs[name].data.tags["heliostat.reason"] for name in stopped)
     for node in finished.nodes:
         assert finished.record(node)["tracking"]["pipeline_run_id"] == top.info.run_id
         assert runs[node].data.tags["heliostat.fingerprint"] == finished.nodes[node]["fingerprint"]
         assert finished.record(node)["tracking"]["run_id"] == runs[node].info.run_id
+        took = runs[node].info.end_time - runs[node].info.start_time
+        assert took == round(1000 * finished.record(node)["seconds"]) == round(1000 * finished.nodes[node]["seconds"])
 
 
 def test_parameters_and_every_epoch_are_in_the_history(finished, tree):
     runs, client = tree
     assert runs["prune[sparsity=0.5]"].data.params["sparsity"] == "0.5"
     assert runs["train"].data.params["epochs"] == "3"
+    found = finished.record("search")["params"]
+    for node in ("train", "prune[sparsity=0.5]", "sparse"):
+        used = runs[node].data.params
+        assert {path: used[path] for path in found} == {path: str(value) for path, value in found.items()}
+    assert runs["student"].data.params["model_args.width"] == "4"
+    assert runs["search"].data.params.keys().isdisjoint(f"train.{path}" for path in found)
     best = runs[finished.record("search")["details"]["best_trial"]]
     assert float(best.data.params["optimizer.lr"]) == finished.record("search")["params"]["optimizer.lr"]
 
@@ -270,7 +286,11 @@ def test_parameters_and_every_epoch_are_in_the_history(finished, tree):
     assert [step for step, _ in epochs(best, "val_accuracy", 2)] == [1, 2]
     rows = finished.record("train")["details"]["history"]
     expected = [(epoch, pytest.approx(row["val_loss"])) for epoch, row in enumerate(rows, 1)]
-    assert epochs(runs["train"], "val_loss", 3) == expected
+    assert epochs(runs["train"], "val_loss", 99) == expected
+    record = finished.record("train")
+    for name in ("val_loss", "test_loss", "size_mb", "latency_ms"):
+        (point,) = client.get_metric_history(runs["train"].info.run_id, f"best_{name}" if name == "val_loss" else name)
+        assert (point.step, point.value) == (record["details"]["best_epoch"], pytest.approx(record["metrics"][name]))
     measured = {name: runs["int8[train]"].data.metrics[name] for name in MEASURED}
     assert measured == pytest.approx({name: finished.record("int8[train]")["metrics"][name] for name in MEASURED})
 

@@ -90,6 +90,9 @@ class RecordingReporter:
         self.warnings: list[str] = []
         self.on_row = threading.Event()
 
+    def began(self, at: float | None = None) -> None:
+        pass
+
     def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None:
         self.rows[trial].append((step, dict(values)))
         self.on_row.set()
@@ -97,7 +100,7 @@ class RecordingReporter:
     def trial_started(self, trial: str, params: Mapping[str, Any]) -> None:
         self.started.append(trial)
 
-    def trial_ended(self, trial: str, status: str, *, metrics: Mapping[str, float], reason: str | None = None) -> None:
+    def trial_ended(self, trial: str, status: str, *, reason: str | None = None, **more: Any) -> None:
         self.ended[trial] = (status, reason)
 
     def progress(self, **fields: Any) -> None:

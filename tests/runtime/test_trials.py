@@ -71,6 +71,16 @@ def test_a_trial_that_raises_is_a_state_with_its_traceback_and_its_process_goes_
     assert reporter.ended["0002"] == ("failed", reason)
 
 
+def test_a_search_that_succeeds_says_how_many_of_its_trials_failed_and_by_what(run, reporter):
+    space = {"model_args.fail": {"grid": [None, "raise", "raise"]}, "model_args.width": 5}
+    outcome = run(algorithm="grid", space=space)
+    (warning,) = reporter.warnings
+    assert re.fullmatch(r"2 of 3 trials failed: 2 like 0002: ValueError: no net is 5 wide \(toy\.py:\d+\)", warning)
+    (row,) = outcome.failure_details["failures"]
+    assert (row["failed"], row["first"]) == (2, "0002")
+    assert row["reason"] in warning
+
+
 def test_a_trial_whose_objective_is_not_a_number_has_failed(run, with_metric):
     with pytest.raises(StageError, match=r"all 2 trials failed\n2 of 2: val_not_a_number is not a number at epoch 1"):
         run(task=with_metric("toy:not_a_number"), objectives=Objectives.of({"val_not_a_number": "max"}), trials=2)

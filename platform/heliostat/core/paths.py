@@ -43,6 +43,15 @@ def set_path(mapping: Mapping[str, Any], path: str, value: Any) -> dict[str, Any
     return {**mapping, head: set_path(below if isinstance(below, Mapping) else {}, rest, value) if rest else value}
 
 
+def without(mapping: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A copy of a nested mapping without the value at `path`, if there is one."""
+    head, _, rest = path.partition(".")
+    below = mapping.get(head)
+    if not rest:
+        return {name: value for name, value in mapping.items() if name != head}
+    return {**mapping, head: without(below, rest)} if isinstance(below, Mapping) else dict(mapping)
+
+
 def overlay(config: T, params: Mapping[str, Any], *, place: str = "") -> T:
     """`config` with the values of `params` (path -> value) put over it, checked again. Raises SpecError."""
     mapping: dict[str, Any] = config.model_dump(exclude_unset=True)

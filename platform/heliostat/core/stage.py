@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_type_hints
 
-from heliostat.core.artifact import Artifact
+from heliostat.core.artifact import Artifact, Record
 from heliostat.core.capacity import Need
 from heliostat.core.carrier import HERE, Carrier
 from heliostat.core.identity import fingerprint
@@ -32,6 +32,12 @@ Measured = Literal["later", "before", "together"]
 class Reporter(Protocol):
     """Where a running stage says what is happening. Safe to call from any thread; never blocks, never raises."""
 
+    def began(self, at: float | None = None) -> None:
+        """The stage works, and waits no longer for CPUs or processes. Only the first call counts.
+
+        `at` is when that was, in seconds since the epoch; now, unless given.
+        """
+
     def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None:
         """One row of metrics of epoch `step` (from 1), of the stage itself or of one of its trials."""
 
@@ -43,8 +49,11 @@ class Reporter(Protocol):
         status: Literal["done", "stopped", "failed"],
         *,
         metrics: Mapping[str, float],
+        best_epoch: int = 0,
+        seconds: float | None = None,
         reason: str | None = None,
-    ) -> None: ...
+    ) -> None:
+        """`metrics` are those of the epoch `best_epoch`; `seconds` is how long the trial worked."""
 
     def progress(self, **fields: Any) -> None:
         """What the live view shows of the stage: `done`, `total`, `running`, `best` and the like."""
@@ -56,6 +65,7 @@ class Reporter(Protocol):
 class Unheard:
     """A reporter that nobody listens to."""
 
+    def began(self, at: float | None = None) -> None: ...
     def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None: ...
     def trial_started(self, trial: str, params: Mapping[str, Any]) -> None: ...
     def trial_ended(
@@ -64,6 +74,8 @@ class Unheard:
         status: Literal["done", "stopped", "failed"],
         *,
         metrics: Mapping[str, float],
+        best_epoch: int = 0,
+        seconds: float | None = None,
         reason: str | None = None,
     ) -> None: ...
     def progress(self, **fields: Any) -> None: ...
@@ -177,6 +189,8 @@ class StageKind:
     check: Check
     identity: Callable[[Any, ConfigView], Mapping[str, Any]]
     """What of a config is part of identity: all of it, but for a file that it names the content and not the place."""
+    params_used: "ParamsUsed"
+    """The parameters that a node works with, once its inputs are there: what it inherits from them included."""
     explain: Callable[[Any, ConfigView], Mapping[str, str]]
     """What `plan` says of how a config will be carried out, by place. It may call the user's model function."""
     keeps_metrics: bool
@@ -202,6 +216,8 @@ _BUILT_IN = "heliostat.stages."
 ENTRY_POINTS = "heliostat.stages"
 
 F = Callable[[StageContext, Any], StageResult]
+ParamsUsed = Callable[[Any, Mapping[str, Sequence[Record]]], Mapping[str, Any]]
+"""From a config, and the records of what goes in by slot."""
 
 
 def stage(
@@ -215,6 +231,7 @@ def stage(
     workload: Callable[[Any], Mapping[str, int]] = lambda config: {},
     check: Check = lambda config, view: (),
     identity: Callable[[Any, ConfigView], Mapping[str, Any]] = lambda config, view: config.identity(),
+    params_used: ParamsUsed = lambda config, inputs: config.model_dump(mode="json"),
     explain: Callable[[Any, ConfigView], Mapping[str, str]] = lambda config, view: {},
     keeps_metrics: bool = False,
     measured: Measured = "before",
@@ -245,6 +262,7 @@ def stage(
             workload=workload,
             check=check,
             identity=identity,
+            params_used=params_used,
             explain=explain,
             keeps_metrics=keeps_metrics,
             measured=measured,
@@ -303,6 +321,7 @@ def _kind_of(function: Any, uses: str) -> StageKind:
 
 def call_stage(reference: str, context: StageContext, config: Mapping[str, Any]) -> StageResult:
     """Run the stage function that `reference` names: how a stage starts in another process."""
+    context.reporter.began()
     kind: StageKind = resolve(reference).__stage_kind__
     return kind.function(context, kind.config.model_validate(config))
 

@@ -41,6 +41,7 @@ def _candidates(rows: Rows, width: int) -> RenderableType:
 TITLES = {
     "front": "front: the trials that no other is better than in every objective",
     "chains": "chains: by what their trials measured, those of the table above by what was measured in the end",
+    "failures": "failures: how many trials failed in the same way, the first of them, and by what",
     "steps": "steps: what was done to the chosen model",
     "sensitivity": "sensitivity: what each layer alone costs, the others left as they are",
 }

@@ -1,5 +1,6 @@
 """A run as it goes: a live table on a terminal, plain lines in a log. Both go to standard error."""
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -50,7 +51,7 @@ class PlainView:
         self._say(f"{node.name}: starts ({node.reason})")
 
     def progress(self, node: "Node", fields: Mapping[str, Any]) -> None:
-        if time.monotonic() - self._said.get(node.name, 0.0) >= LINE_EVERY_S:
+        if time.monotonic() - self._said.get(node.name, math.inf) >= LINE_EVERY_S:
             self._said[node.name] = time.monotonic()
             self._say(f"{node.name}: {describe_progress(fields)}")
 

@@ -41,6 +41,11 @@ class TrialRecord:
     """One for each epoch after which a scheduler compared it."""
 
     @property
+    def best_epoch(self) -> int:
+        """The epoch that `metrics` are of; 0 if there is none."""
+        return next((epoch for epoch, row in self.history if row == self.metrics), 0)
+
+    @property
     def was_judged(self) -> bool:
         """Whether it can be compared with others: it neither failed nor was stopped before it had its figures."""
         return self.status != "failed" and bool(self.metrics)

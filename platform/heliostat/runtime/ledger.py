@@ -73,6 +73,8 @@ class Ledger:
         self._states = Counter[Status]()
         self._best: str | None = None
         self._started_at: dict[str, float] = {}
+        self._told: set[str] = set()
+        """The trials that the reporter knows of, in this attempt."""
         for number, trial in enumerate(earlier, 1):
             engine.adopt(f"earlier-{number}", trial.params)
             engine.observe(f"earlier-{number}", objectives.costs(trial.metrics))
@@ -125,14 +127,29 @@ class Ledger:
 
     def _tell(self, event: Event) -> None:
         match event:
-            case Suggested(trial) | Restarted(trial):
-                self._reporter.trial_started(trial, self.standing.open[trial].params)
+            case Restarted(trial):
+                self._told.discard(trial)
             case Reported(trial, rows):
+                self._tell_of(trial, self.standing.open[trial])
                 for epoch, row in rows:
                     self._reporter.metrics(row, step=epoch, trial=trial)
-            case Ended(trial, status, reason):
+            case Ended(trial, status, reason, seconds):
                 record = self.standing.ended[trial]
-                self._reporter.trial_ended(trial, status, metrics=record.metrics, reason=reason)
+                self._tell_of(trial, record)
+                self._reporter.trial_ended(
+                    trial,
+                    status,
+                    metrics=record.metrics,
+                    best_epoch=record.best_epoch,
+                    seconds=seconds,
+                    reason=reason,
+                )
+
+    def _tell_of(self, trial: str, record: TrialRecord) -> None:
+        if trial not in self._told:
+            self._told.add(trial)
+            self._reporter.began()
+            self._reporter.trial_started(trial, record.params)
 
     @property
     def left(self) -> int:
@@ -167,6 +184,11 @@ class Ledger:
         params = json.dumps(self.standing.open[trial].params)
         return {"trial": trial, "params": params, "seed": trial_seed(self._seed, trial)}
 
+    def began(self, trial: str) -> None:
+        """The trial's process is there and works: what it waited for does not count as its time."""
+        self._started_at[trial] = time.monotonic()
+        self._tell_of(trial, self.standing.open[trial])
+
     def restarted(self, trial: str, *, why: str) -> None:
         """The trial's process died, and another begins it anew."""
         first_line, _, _ = why.partition("\n")
@@ -193,10 +215,20 @@ class Ledger:
                 reason = f"the search ended before an epoch of it reported {wanted}"
             else:
                 status, reason = "failed", f"no epoch reports {wanted}; what is reported: {reported or 'nothing'}"
+        if status == "stopped" and reason is None:
+            reason = self._why_stopped(self.standing.open[trial])
         now = time.monotonic()
         self._record(Ended(trial, status, reason, now - self._started_at.pop(trial, now)))
         self._learn(trial)
         self._show_progress()
+
+    def _why_stopped(self, trial: TrialRecord) -> str | None:
+        verdict = trial.verdicts[-1] if trial.verdicts else None
+        if verdict and verdict.stopped:
+            cut = "" if verdict.cut is None else f", the cut is {verdict.cut:.4g}"
+            metric = self._objectives.first.metric
+            return f"stopped by the scheduler after epoch {verdict.epoch}: {metric} {verdict.value:.4g}{cut}"
+        return None
 
     def end_open(self) -> None:
         """End the trials that are under way when the search is over."""

@@ -29,6 +29,9 @@ class RemoteReporter:
 
     box: str
 
+    def began(self, at: float | None = None) -> None:
+        self._send("began", [time.time() if at is None else at])
+
     def metrics(self, values: Mapping[str, float], *, step: int, trial: str | None = None) -> None:
         self._send("metrics", [dict(values)], step=step, trial=trial)
 
@@ -41,9 +44,12 @@ class RemoteReporter:
         status: Literal["done", "stopped", "failed"],
         *,
         metrics: Mapping[str, float],
+        best_epoch: int = 0,
+        seconds: float | None = None,
         reason: str | None = None,
     ) -> None:
-        self._send("trial_ended", [trial, status], metrics=dict(metrics), reason=reason)
+        told = {"metrics": dict(metrics), "best_epoch": best_epoch, "seconds": seconds, "reason": reason}
+        self._send("trial_ended", [trial, status], **told)
 
     def progress(self, **fields: Any) -> None:
         self._send("progress", [], **fields)

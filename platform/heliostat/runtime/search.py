@@ -18,7 +18,7 @@ from heliostat.core.space import Space
 from heliostat.core.stage import StageContext
 from heliostat.errors import StageError
 from heliostat.runtime.engines import engines
-from heliostat.runtime.failures import commonest
+from heliostat.runtime.failures import Failures, commonest, grouped, told
 from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Budget, Cause, Ledger
 from heliostat.runtime.shared_data import DataProvider, shared_data
@@ -57,6 +57,14 @@ class SearchOutcome:
     ended_by: Cause
     rungs: tuple["Rung", ...] = ()
     """Each epoch after which trials were compared, and the last one; empty without a scheduler."""
+    failures: tuple[Failures, ...] = ()
+    """By kind, the commonest first."""
+
+    @property
+    def failure_details(self) -> dict[str, Any]:
+        """What a record keeps of them: a row for each kind."""
+        rows = [{"failed": f.count, "first": f.first, "reason": f.line} for f in self.failures]
+        return {"failures": rows} if rows else {}
 
 
 def run_search(context: StageContext, search: Search, work: Work) -> SearchOutcome:
@@ -118,9 +126,12 @@ def _run(context: StageContext, search: Search, work: Work, provider: DataProvid
     finally:
         journal.close()
     trials = sorted(ledger.standing.ended.values(), key=lambda trial: trial.id)
+    failures = grouped({trial.id: trial.reason or "" for trial in trials if trial.status == "failed"})
+    if failures and len(trials) > sum(group.count for group in failures):  # else the error says all of it
+        context.reporter.warn(told(failures, of=len(trials)))
     best, front = _choose(trials, objectives)
     table = rung_table(trials, epochs=(*compared_at, work.epochs)) if judge else ()
-    return SearchOutcome(tuple(trials), best, front, ended_by, tuple(table))
+    return SearchOutcome(tuple(trials), best, front, ended_by, tuple(table), tuple(failures))
 
 
 def _choose(trials: Sequence[TrialRecord], objectives: Objectives) -> tuple[TrialRecord, tuple[TrialRecord, ...]]:

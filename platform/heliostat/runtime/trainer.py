@@ -98,6 +98,8 @@ def _train_alone(work: TrainWork) -> Any:
 
 
 def _run(work: TrainWork, *, rank: int, size: int) -> Any:
+    if rank == 0:
+        work.reporter.began()
     with work.carrier.following() if rank == 0 else nullcontext():
         return _train(work, rank=rank, size=size)
 

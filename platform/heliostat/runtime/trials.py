@@ -127,6 +127,9 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
     def __init__(self, ledger: Ledger, judge: Scheduler | None, conditions: Conditions) -> None:
         self._ledger, self._judge, self._conditions = ledger, judge, conditions
 
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._ledger.began(trial.config["trial"])
+
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from heliostat.core.artifact import Artifact
+from heliostat.core.artifact import Artifact, Record
 from heliostat.core.capacity import Need
 from heliostat.core.objective import Mode, Objective, Objectives
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
@@ -29,6 +29,7 @@ from heliostat.stages.compress_config import (
     check_steps,
     links_of,
 )
+from heliostat.stages.measure import recipe_of
 from heliostat.stages.trials_file import write_trials
 from heliostat.stages.tune_config import COSTS
 
@@ -74,6 +75,12 @@ def _explain(config: CompressConfig, view: ConfigView) -> Mapping[str, str]:
     return {"chains": f"{trials} of {size or 'endlessly many'} by {algorithm}, the uncompressed model first"}
 
 
+def _params_used(config: CompressConfig, inputs: Mapping[str, Sequence[Record]]) -> Mapping[str, Any]:
+    """With the recipe of the model, which what trains in a chain takes over."""
+    recipe = recipe_of(inputs["model"][0].params)
+    return {**config.model_dump(mode="json"), "train": recipe.model_dump(mode="json")}
+
+
 @stage(
     "compress",
     inputs={"model": "model"},
@@ -83,6 +90,7 @@ def _explain(config: CompressConfig, view: ConfigView) -> Mapping[str, str]:
     needs=lambda resources: Need(1, resources.per_worker),
     workload=lambda config: {"trials": config.method[1]},
     check=_check,
+    params_used=_params_used,
     explain=_explain,
     keeps_metrics=True,
     preload=lambda resources: ["heliostat.runtime.trials", "optuna"],
@@ -122,6 +130,7 @@ def compress(context: StageContext, config: CompressConfig) -> StageResult:
             "algorithm": config.method[0],
             "ended_by": outcome.ended_by,
             "trials": dict(Counter(trial.status for trial in outcome.trials)),
+            **outcome.failure_details,
             "passes": {
                 "in_all_chains": sum(map(len, chains.values())),
                 "made": len({link.digest for links in chains.values() for link in links}),
@@ -173,7 +182,6 @@ def _search(context: StageContext, config: CompressConfig, objectives: Objective
 def work_of(context: StageContext, config: CompressConfig) -> "Making":
     """What a trial does: make one chain, and measure what comes of it."""
     from heliostat.runtime.making import Making
-    from heliostat.stages.measure import recipe_of
 
     source = context.one("model")
     make = partial(

@@ -1,13 +1,15 @@
 """`distill`: train a smaller student on a teacher's soft outputs (Hinton et al. 2015, https://arxiv.org/abs/1503.02531)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from heliostat.core.artifact import Record
 from heliostat.core.imports import resolve, why_not_callable
 from heliostat.core.spec import Reference
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.stages.checks import UNTRAINABLE, check_arguments, check_loop, check_monitor, check_own_loss
 from heliostat.stages.finetuning import SoftTargets
+from heliostat.stages.measure import recipe_of
 from heliostat.training.config import TrainConfig
 
 
@@ -64,6 +66,19 @@ def _check_outputs(config: DistillConfig, view: ConfigView) -> Iterator[str]:
             return
 
 
+def student_config(teacher: TrainConfig, config: DistillConfig) -> TrainConfig:
+    """How the student is trained, `teacher` being how the (first) teacher was."""
+    model_args = config.model_args if config.model else {**teacher.model_args, **config.model_args}
+    own = config.model_dump(exclude={"model", *SoftTargets.model_fields}, exclude_unset=True)
+    data_args = config.data_args or teacher.data_args
+    return TrainConfig.model_validate({**own, "model_args": model_args, "data_args": data_args})
+
+
+def _params_used(config: DistillConfig, inputs: Mapping[str, Sequence[Record]]) -> Mapping[str, Any]:
+    recipe = student_config(recipe_of(inputs["teacher"][0].params), config)
+    return {**config.model_dump(mode="json"), **recipe.model_dump(mode="json")}
+
+
 @stage(
     "distill",
     inputs={"teacher": "model*"},
@@ -72,11 +87,12 @@ def _check_outputs(config: DistillConfig, view: ConfigView) -> Iterator[str]:
     measured="later",
     workload=lambda config: {"epochs": config.epochs},
     check=_check,
+    params_used=_params_used,
 )
 def distill(context: StageContext, config: DistillConfig) -> StageResult:
     """Train the student from scratch; several teachers are an ensemble."""
     from heliostat.stages.models import train_config_of, workshop_of
-    from heliostat.stages.passes.distill import distill_model, student_config
+    from heliostat.stages.passes.distill import distill_model
 
     teachers = context.inputs["teacher"]
     recipe = student_config(train_config_of(teachers[0]), config)

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from heliostat.core.model import Count, Number
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.stages.checks import check_trainable
-from heliostat.stages.finetuning import FineTuning, check_tuning
+from heliostat.stages.finetuning import FineTuning, check_tuning, params_used
 
 
 class FactorizeConfig(FineTuning):
@@ -41,6 +41,7 @@ def _check(config: FactorizeConfig, view: ConfigView) -> Iterator[str]:
     measured="later",
     workload=lambda config: {"epochs": config.finetune_epochs},
     check=_check,
+    params_used=params_used,
 )
 def factorize(context: StageContext, config: FactorizeConfig) -> StageResult:
     """Factorize the model in the slot `model`, fine-tune it, and keep the ranks as a history that can be replayed."""

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
+from heliostat.core.artifact import Record
 from heliostat.core.model import Count, NonNegative, NonNegativeInt, Number, Positive, Spec
 from heliostat.core.stage import ConfigView, StageResult
 from heliostat.stages.checks import check_loop, check_own_loss
-from heliostat.training.config import OptimizerConfig, SchedulerConfig, TrainConfig
+from heliostat.stages.measure import recipe_of
+from heliostat.training.config import OptimizerConfig, SchedulerConfig, StrategyConfig, TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +43,10 @@ class SoftTargets(Spec):
     """The weight of each such pair beside the two above."""
 
 
+TUNED = ("batch_size", "optimizer", "scheduler")
+"""What a fine-tuning may say otherwise than the recipe."""
+
+
 class FineTuning(Spec):
     """Training on, by the recipe that the model was trained with but for what is said here."""
 
@@ -68,6 +74,22 @@ def check_tuning(config: FineTuning, view: ConfigView) -> Iterator[str]:
     yield from check_loop(tuning, view, place="config", workers=1)
     if config.distillation is not None:
         yield from check_own_loss(view, place="config.distillation", learns="a teacher's outputs are learned")
+
+
+def params_of_tuning(config: FineTuning, source: Record, *, trains: bool) -> Mapping[str, Any]:
+    """The parameters that a stage works with: its own, and what it takes over from the recipe of its model."""
+    own = config.model_dump(mode="json", exclude=None if trains else set(FineTuning.model_fields))
+    if not trains:
+        return own
+    tuning = config.changed(recipe_of(source.params), epochs=config.finetune_epochs, scheduler=config.scheduler)
+    one_worker = tuning.model_copy(update={"strategy": StrategyConfig(name="single")})
+    return {**one_worker.model_dump(mode="json", exclude={"epochs"}), **{k: own[k] for k in own if k not in TUNED}}
+
+
+def params_used(config: FineTuning, inputs: Mapping[str, Sequence[Record]]) -> Mapping[str, Any]:
+    """Those of a stage with one model in the slot `model`, which it trains if its config has epochs."""
+    epochs = getattr(config, "epochs", config.finetune_epochs)
+    return params_of_tuning(config, inputs["model"][0], trains=epochs > 0)
 
 
 def mend(

@@ -5,12 +5,13 @@ it, and of all models that wait for it in one go, in turns: only so can they be 
 """
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from heliostat.core.spec import Task
 from heliostat.training.config import TrainConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from heliostat.compression.formats import Model
     from heliostat.training.task import Metric, Objective
 
+R = TypeVar("R")
 SECONDS_PER_BATCH_SIZE = 0.1
 """Every CPU of a node waits while speed is measured; so many seconds give thousands of runs of a small network."""
 SECONDS_ON_ALL_THREADS = 0.02
@@ -52,6 +54,12 @@ class Subject:
     """What was done to it."""
     source: Path | None = None
     """The folder of the model that it came from."""
+
+
+def timed(function: Callable[..., R], *args: Any) -> tuple[R, float]:
+    """What a function gives, and the seconds that it took where it ran."""
+    started = time.monotonic()
+    return function(*args), time.monotonic() - started
 
 
 def recipe_of(params: Mapping[str, Any]) -> TrainConfig:

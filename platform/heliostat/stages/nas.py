@@ -1,12 +1,14 @@
 """`nas`: train all sub-networks of a user's model at once, with shared weights, and keep the one that pays best."""
 
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial, reduce
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from heliostat.core.artifact import Record
 from heliostat.core.model import Count, Integer, NonNegative, NonNegativeInt, Number, Positive
+from heliostat.core.paths import without
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.stages.checks import (
     check_arguments,
@@ -67,12 +69,18 @@ def _check(config: NasConfig, view: ConfigView) -> Iterator[str]:
         yield from check_metric(metric, view, place=f"config.max_drop.{metric}", splits=("val",))
 
 
+def _params_used(config: NasConfig, inputs: Mapping[str, Sequence[Record]]) -> Mapping[str, Any]:
+    """Of what is elastic there is no one value."""
+    return reduce(without, config.elastic, config.model_dump(mode="json"))
+
+
 @stage(
     "nas",
     output="model",
     measured="later",
     workload=lambda config: {"epochs": config.epochs + config.finetune_epochs, "trials": config.trials},
     check=_check,
+    params_used=_params_used,
 )
 def nas(context: StageContext, config: NasConfig) -> StageResult:
     """Train the network with its sub-networks, search among them, and keep the winner as an ordinary model."""

@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from heliostat.core.model import Count, Fraction, NonNegative, NonNegativeInt, Number, Positive, Spec
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.stages.checks import check_metric, check_own_loss, check_trainable
-from heliostat.stages.finetuning import FineTuning, check_tuning
+from heliostat.stages.finetuning import FineTuning, check_tuning, params_used
 
 OPTIONS: dict[str, frozenset[str]] = {
     "structured": frozenset(
@@ -134,6 +134,7 @@ def _check(config: PruneConfig, view: ConfigView) -> Iterator[str]:
     measured="later",
     workload=lambda config: {"epochs": config.epochs},
     check=_check,
+    params_used=params_used,
 )
 def prune(context: StageContext, config: PruneConfig) -> StageResult:
     """Prune the model in the slot `model`, fine-tune it, and keep what was cut as a history that can be replayed."""

@@ -1,17 +1,18 @@
 """`quantize`: small integers for ONNX Runtime, torch, ExecuTorch or LiteRT, after training or learned in it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from heliostat.core.artifact import Record
 from heliostat.core.extras import missing
 from heliostat.core.model import Count, Flag, NonNegative, NonNegativeInt
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.stages.checks import check_metric, check_trainable
 from heliostat.stages.export import ExportConfig
-from heliostat.stages.finetuning import FineTuning, check_tuning
+from heliostat.stages.finetuning import FineTuning, check_tuning, params_of_tuning
 
 CALIBRATED = frozenset({"calibration", "calibration_samples", "calibration_split", "per_channel"})
 PER_CHANNEL = CALIBRATED - {"per_channel"}
@@ -147,6 +148,10 @@ def _workload(config: QuantizeConfig) -> dict[str, int]:
     return {"epochs": config.finetune_epochs} if config.method == "qat" else {}
 
 
+def _params_used(config: QuantizeConfig, inputs: Mapping[str, Sequence[Record]]) -> Mapping[str, Any]:
+    return params_of_tuning(config, inputs["model"][0], trains=config.method == "qat")
+
+
 @stage(
     "quantize",
     inputs={"model": "model"},
@@ -155,6 +160,7 @@ def _workload(config: QuantizeConfig) -> dict[str, int]:
     measured="later",
     workload=_workload,
     check=_check,
+    params_used=_params_used,
 )
 def quantize(context: StageContext, config: QuantizeConfig) -> StageResult:
     """Quantize the model in the slot `model` and compare the outcome with it."""

@@ -1,11 +1,12 @@
 """`train`: several workers through Ray Train, or one in place; the best epoch by validation is the artifact."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from heliostat.core.artifact import Record
 from heliostat.core.capacity import Need
 from heliostat.core.paths import overlay
 from heliostat.core.spec import Resources
@@ -70,6 +71,12 @@ def _call_up(folder: Path, resources: Resources) -> None:
     call_up(folder, resources)
 
 
+def _params_used(config: TrainConfig, inputs: Mapping[str, Sequence[Record]]) -> Mapping[str, Any]:
+    for found in inputs.get("params", ()):
+        config = overlay(config, found.params, place=f"{found.node}'s parameters")
+    return config.model_dump(mode="json")
+
+
 @stage(
     "train",
     inputs={"params": "params?"},
@@ -82,6 +89,7 @@ def _call_up(folder: Path, resources: Resources) -> None:
     works_apart=lambda resources: True,
     workload=lambda config: {"epochs": config.epochs},
     check=_check,
+    params_used=_params_used,
     explain=_explain,
 )
 def train(context: StageContext, config: TrainConfig) -> StageResult:

@@ -3,12 +3,14 @@
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+from heliostat.core.artifact import Record
 from heliostat.core.capacity import Need
 from heliostat.core.imports import resolve, use_root
 from heliostat.core.objective import Bound, Mode, Objective, Objectives
-from heliostat.core.paths import overlay, why_not_a_path
+from heliostat.core.paths import overlay, why_not_a_path, without
 from heliostat.core.points import numbers_at, point_near, why_apart
 from heliostat.core.probes import probes
 from heliostat.core.space import Space
@@ -218,6 +220,12 @@ def _at_once_here(resources: Resources) -> int:
     return resources.max_concurrent_trials or fit
 
 
+def _params_used(config: TuneConfig, inputs: Mapping[str, Sequence[Record]]) -> Mapping[str, Any]:
+    """Of what is searched for there is no one value; each trial has its own."""
+    searched = [f"train.{path}" for path in Space.parse(config.space).paths()]
+    return reduce(without, searched, config.model_dump(mode="json"))
+
+
 @stage(
     "tune",
     inputs={SLOT: "params*?"},
@@ -227,6 +235,7 @@ def _at_once_here(resources: Resources) -> int:
     workload=_workload,
     check=_check,
     identity=_identity,
+    params_used=_params_used,
     explain=_explain,
     preload=lambda resources: ["heliostat.runtime.trials", "hyperopt"],
     works_apart=lambda resources: resources.workers_per_trial == 1,  # which leaves no files
@@ -270,6 +279,7 @@ def tune(context: StageContext, config: TuneConfig) -> StageResult:
             ],
             "trials": {state: states.count(state) for state in ("done", "stopped", "failed")},
             **({"learned_from": f"{len(earlier)} earlier trials"} if earlier else {}),
+            **outcome.failure_details,
             **({"rungs": [vars(rung) for rung in outcome.rungs]} if outcome.rungs else {}),
         },
     )

@@ -23,7 +23,15 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository  # noqa: E402
 
 from heliostat.tracking.artifacts import is_gone  # noqa: E402
-from heliostat.tracking.events import ERROR_FILE, ERROR_TAG, KEY_TAG, PARENT_TAG, Event  # noqa: E402
+from heliostat.tracking.events import (  # noqa: E402
+    ERROR_FILE,
+    ERROR_TAG,
+    FAILED_NOTE,
+    KEY_TAG,
+    NOTE_TAG,
+    PARENT_TAG,
+    Event,
+)
 from heliostat.tracking.model import log_in_own_process  # noqa: E402
 from heliostat.tracking.writer import Target, UnavailableError  # noqa: E402
 
@@ -44,8 +52,11 @@ class _Run:
     """A run of the store: what it has, and what of this batch it is still to be given."""
 
     run_id: str
+    start_ms: int
     failed_at: str | None = None
     """Where its artifacts are, if an error is among them."""
+    failed_note: bool = False
+    """Its description says what it failed by."""
     known_params: set[str] = field(default_factory=set)
     known_steps: set[tuple[str, int]] = field(default_factory=set)
     metrics: list[Metric] = field(default_factory=list)
@@ -109,7 +120,9 @@ class ClientWriter:
                     log_in_own_process(self._target.uri, run.run_id, data)
             case "end":
                 self._flush(run)
-                self._client.set_terminated(run.run_id, data["status"], event.time_ms)
+                seconds = data.get("seconds")  # events of older journals have none
+                end_ms = event.time_ms if seconds is None else run.start_ms + round(1000 * seconds)
+                self._client.set_terminated(run.run_id, data["status"], end_ms)
 
     def _end_tree(self, event: Event) -> None:
         """The store finds what is running; which of it is in the tree is seen here, whatever `%` and `_` mean there."""
@@ -143,10 +156,12 @@ class ClientWriter:
             self._client.update_run(run.run_id, status="RUNNING")
             if run.failed_at is not None:
                 self._forget_error(run.run_id, run.failed_at)
+            if run.failed_note:
+                self._client.delete_tag(run.run_id, NOTE_TAG)
             run.tags += [RunTag(k, v) for k, v in tags.items()]
             return run
         created = self._client.create_run(self._experiment, event.time_ms, tags, data["name"])
-        return _Run(created.info.run_id)
+        return _Run(created.info.run_id, event.time_ms)
 
     def _run(self, key: str) -> _Run:
         run = self._runs.get(key) or self._find(key)
@@ -159,10 +174,12 @@ class ClientWriter:
         found = self._client.search_runs([self._experiment], f"tags.`{KEY_TAG}` = {_quoted(key)}", max_results=1)
         if not found:
             return None
-        run_id, data = found[0].info.run_id, found[0].data
+        info, data = found[0].info, found[0].data
+        run_id = info.run_id
         steps = {(m.key, m.step) for name in data.metrics for m in self._client.get_metric_history(run_id, name)}
-        failed_at = found[0].info.artifact_uri if ERROR_TAG in data.tags else None
-        return _Run(run_id, failed_at, set(data.params), steps)
+        failed_at = info.artifact_uri if ERROR_TAG in data.tags else None
+        failed_note = data.tags.get(NOTE_TAG, "").startswith(FAILED_NOTE)
+        return _Run(run_id, info.start_time, failed_at, failed_note, set(data.params), steps)
 
     def _forget_error(self, run_id: str, artifacts: str) -> None:
         with _passed_over_if_refused(ERROR_FILE, run_id), errors_of_the_store():

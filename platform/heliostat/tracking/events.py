@@ -18,9 +18,13 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 KEY_TAG = "heliostat.key"
 MODEL_TAG = "heliostat.model_uri"
 PARENT_TAG = "mlflow.parentRunId"
+NOTE_TAG = "mlflow.note.content"
+"""The description, in Markdown, at the top of a run's page."""
 ERROR_TAG = "heliostat.error"
 ERROR_FILE = "error.txt"
 """With the tag, what a run failed by: gone as soon as it goes on."""
+FAILED_NOTE = "**Failed.**"
+"""How the description of a run that failed begins; that goes too."""
 
 MAX_NAME_CHARS = 250
 MAX_PARAM_CHARS = 6000

@@ -18,7 +18,15 @@ from urllib.parse import unquote, urlsplit
 
 from heliostat.tracking.artifacts import copy_into, is_gone, write_text
 from heliostat.tracking.database import create_database
-from heliostat.tracking.events import ERROR_FILE, ERROR_TAG, KEY_TAG, PARENT_TAG, Event
+from heliostat.tracking.events import (
+    ERROR_FILE,
+    ERROR_TAG,
+    FAILED_NOTE,
+    KEY_TAG,
+    NOTE_TAG,
+    PARENT_TAG,
+    Event,
+)
 from heliostat.tracking.model import log_in_own_process
 from heliostat.tracking.writer import Target, UnavailableError, database_path, run_id_known
 
@@ -33,7 +41,8 @@ _RUN = """
     VALUES (:run, :name, 'UNKNOWN', '', '', :user, 'RUNNING', :time, '', 'active', :artifacts, :experiment)
     ON CONFLICT (run_uuid) DO UPDATE SET status = 'RUNNING', end_time = NULL, lifecycle_stage = 'active',
                                          deleted_time = NULL"""
-_END = "UPDATE runs SET status = :status, end_time = :time WHERE run_uuid = :run"
+_END = """
+    UPDATE runs SET status = :status, end_time = coalesce(start_time + :worked_ms, :time) WHERE run_uuid = :run"""
 _END_TREE = """
     UPDATE runs SET status = :status, end_time = :time
     WHERE status = 'RUNNING' AND experiment_id = :experiment AND run_uuid IN (
@@ -43,6 +52,7 @@ _TAG = """
     INSERT INTO tags (run_uuid, key, value) VALUES (:run, :key, :value)
     ON CONFLICT (key, run_uuid) DO UPDATE SET value = excluded.value"""
 _NO_TAG = "DELETE FROM tags WHERE run_uuid = :run AND key = :key"
+_NO_NOTE = "DELETE FROM tags WHERE run_uuid = :run AND key = :key AND substr(value, 1, length(:of)) = :of"
 _PARAM = "INSERT INTO params (run_uuid, key, value) VALUES (:run, :key, :value) ON CONFLICT DO NOTHING"
 _METRIC = """
     INSERT INTO metrics (run_uuid, key, value, is_nan, step, timestamp)
@@ -77,6 +87,7 @@ class SqliteWriter:
         tags: dict[tuple[str, str], str | None] = {}  # by run and name; None for one that goes
         params: list[Row] = []
         metrics: list[Row] = []
+        notes: list[Row] = []
         trees: list[Row] = []
         started: dict[str, str] = {}
         for event in events:
@@ -86,6 +97,8 @@ class SqliteWriter:
                     started[event.key] = run
                     states.append((_RUN, self._run_row(event)))
                     tags |= _named(run, {ERROR_TAG: None, **self._run_tags(event)})
+                    tags.pop((run, NOTE_TAG), None)
+                    notes.append({"run": run, "key": NOTE_TAG, "of": FAILED_NOTE})
                     params += _rows(run, data["params"])
                 case "metrics":
                     metrics += _metric_rows(run, event)
@@ -94,7 +107,7 @@ class SqliteWriter:
                 case "tags":
                     tags |= _named(run, data["values"])
                 case "end":
-                    states.append((_END, {"run": run, "status": data["status"], "time": event.time_ms}))
+                    states.append((_END, _end_row(run, event)))
                 case "end_tree":
                     trees.append(self._tree_row(event))
                 case "artifact" | "text" | "model":
@@ -106,6 +119,7 @@ class SqliteWriter:
                 self._db.execute(statement, row)
             for statement, rows in (
                 (_NO_TAG, gone),
+                (_NO_NOTE, notes),
                 (_TAG, kept),
                 (_PARAM, params),
                 (_METRIC, metrics),
@@ -210,6 +224,12 @@ def _database_errors() -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise UnavailableError(str(error)) from error
+
+
+def _end_row(run: str, event: Event) -> Row:
+    seconds = event.data.get("seconds")  # events of older journals have none
+    worked_ms = None if seconds is None else round(1000 * seconds)
+    return {"run": run, "status": event.data["status"], "time": event.time_ms, "worked_ms": worked_ms}
 
 
 def _named(run: str, values: Mapping[str, str | None]) -> dict[tuple[str, str], str | None]:

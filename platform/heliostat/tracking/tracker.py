@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from heliostat.tracking.context import source_tags
-from heliostat.tracking.events import ERROR_FILE, ERROR_TAG, Event, Kind, Status, cleaned
+from heliostat.tracking.events import ERROR_FILE, ERROR_TAG, FAILED_NOTE, NOTE_TAG, Event, Kind, Status, cleaned
 from heliostat.tracking.spool import Journal, Spooled, left_behind, mark_delivered
 from heliostat.tracking.writer import Target, UnavailableError, Writer, absolute_uri, open_writer, run_id_known
 
@@ -79,9 +79,10 @@ class Tracker:
         self._put("tags", key, values=dict(values))
 
     def error(self, key: str, reason: str) -> None:
-        """What the run failed by: the first line as a tag, all of it as a text."""
+        """What the run failed by: the first line as a tag, all of it as a text and as the description."""
         self.text(key, reason, ERROR_FILE)
-        self.tags(key, {ERROR_TAG: reason.partition("\n")[0]})
+        note = f"{FAILED_NOTE}\n\n```\n{reason}\n```"
+        self.tags(key, {ERROR_TAG: reason.partition("\n")[0], NOTE_TAG: note})
 
     def artifact(self, key: str, path: Path, folder: str | None = None) -> None:
         """A file, or a folder with all that is in it. It is read later: it must stay where it is."""
@@ -107,8 +108,12 @@ class Tracker:
         folder = str(model_folder.absolute())
         self._put("model", key, folder=folder, example=input_example, outputs=output_example)
 
-    def end_run(self, key: str, *, status: Status) -> None:
-        self._put("end", key, status=status)
+    def end_run(self, key: str, *, status: Status, seconds: float | None = None) -> None:
+        """End a run: now, or at the time by which MLflow shows `seconds` as its duration.
+
+        Those are of the work alone, while a run may wait in between, or go on on another day.
+        """
+        self._put("end", key, status=status, seconds=seconds)
 
     def end_tree(self, key: str, *, status: Status) -> None:
         """End all that is still running of the run of `key` and of those below it, whose keys are `KEY/…`.

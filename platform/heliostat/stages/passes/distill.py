@@ -8,22 +8,12 @@ from heliostat.compression.formats import load_model
 from heliostat.compression.size import num_params
 from heliostat.core.stage import StageResult
 from heliostat.stages.distill import DistillConfig
-from heliostat.stages.finetuning import SoftTargets
 from heliostat.stages.passes.teaching import taught_by
 from heliostat.stages.passes.workshop import Source, Workshop
-from heliostat.training.config import TrainConfig
 from heliostat.training.seeding import seed_everything
 from heliostat.training.task import build_model
 
 log = logging.getLogger(__name__)
-
-
-def student_config(teacher: TrainConfig, config: DistillConfig) -> TrainConfig:
-    """How the student is trained, `teacher` being how the (first) teacher was."""
-    model_args = config.model_args if config.model else {**teacher.model_args, **config.model_args}
-    own = config.model_dump(exclude={"model", *SoftTargets.model_fields}, exclude_unset=True)
-    data_args = config.data_args or teacher.data_args
-    return TrainConfig.model_validate({**own, "model_args": model_args, "data_args": data_args})
 
 
 def distill_model(shop: Workshop, teachers: Sequence[Source], config: DistillConfig) -> StageResult:

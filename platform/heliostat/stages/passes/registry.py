@@ -5,8 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from heliostat.core.stage import StageResult
-from heliostat.stages.distill import DistillConfig
-from heliostat.stages.passes.distill import distill_model, student_config
+from heliostat.stages.distill import DistillConfig, student_config
+from heliostat.stages.passes.distill import distill_model
 from heliostat.stages.passes.factorize import factorize_model
 from heliostat.stages.passes.prune import prune_model
 from heliostat.stages.passes.quantize import quantize_model
