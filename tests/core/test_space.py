@@ -92,6 +92,22 @@ def test_the_steps_of_a_range_are_as_one_would_write_them():
     assert parse(a={"quniform": [0, 1, 1e-15]}).size() == 10**15 + 1  # and none of them is made before it is drawn
 
 
+@pytest.mark.parametrize("written", [[16, 64, 16], [16.0, 64.0, 16.0], [16, 70, 16.0]])
+def test_whole_steps_from_a_whole_number_give_whole_numbers(written):
+    space = parse(a={"quniform": written})
+    drawn = [space.sample(random.Random(seed))["a"] for seed in range(20)]
+    ends = [point["a"] for point in probes(space, random.Random(0))]
+    for values in (drawn, ends, [point["a"] for point in space.grid()]):
+        assert all(type(value) is int and value in (16, 32, 48, 64) for value in values)
+    assert [number for _, number in numbers_at(space, {"a": 32}).values()] == [1]
+    assert [number for _, number in numbers_at(space, {"a": 32.0}).values()] == [1]  # a journal of before
+
+
+@pytest.mark.parametrize("written", [[0.5, 4, 1], [1, 4, 0.5]])
+def test_steps_that_are_not_whole_give_real_numbers_alone(written):
+    assert all(type(point["a"]) is float for point in parse(a={"quniform": written}).grid())
+
+
 def test_the_ends_of_every_dimension_are_tried_on_a_config():
     tried = [point["a"] for point in probes(parse(a={"quniform": [0, 1, 0.25]}), random.Random(0))]
     assert tried[:2] == [0.0, 1.0]

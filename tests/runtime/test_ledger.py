@@ -133,3 +133,18 @@ def test_a_search_learns_from_earlier_trials_that_it_does_not_count_and_goes_on_
     again = ledger(objectives, **settings)
     assert again.left == first.left == 3
     assert again.next()["params"] == first.next()["params"]
+
+
+def test_a_journal_whose_whole_steps_are_written_as_real_numbers_goes_on(tmp_path):
+    space = Space.parse({"a": {"quniform": [16, 64, 16]}})
+
+    def open_ledger():
+        engine = engines()["random"].make(space, num_objectives=1, seed=0, trials=9)
+        budget = Budget(9, None, ())
+        return Ledger(engine, Journal(tmp_path / "journal.jsonl"), Unheard(), budget=budget, seed=0, objectives=ONE)
+
+    first = run_trial(open_ledger(), {"gain": 1.0})
+    journal = tmp_path / "journal.jsonl"
+    journal.write_text(journal.read_text().replace(f'"a": {first.params["a"]}', f'"a": {first.params["a"]}.0'))
+    assert ".0" in journal.read_text().splitlines()[0]
+    assert len(open_ledger().standing.ended) == 1

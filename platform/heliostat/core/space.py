@@ -90,7 +90,10 @@ class LogRandInt:
 
 @dataclass(frozen=True)
 class QUniform:
-    """One of low, low + step, low + 2 step and so on up to high, each as likely; drawn by its place in `values`."""
+    """One of low, low + step, low + 2 step and so on up to high, each as likely; drawn by its place in `values`.
+
+    Where low and step are whole, so are the values: a width or a batch size takes no 16.0.
+    """
 
     low: float
     high: float
@@ -121,7 +124,8 @@ class _Steps(Sequence[float]):
     def __getitem__(self, place: Any) -> Any:
         if not -len(self) <= place < len(self):
             raise IndexError(place)
-        return float(self.low + place % len(self) * self.step)
+        value = self.low + place % len(self) * self.step
+        return int(value) if self.low % 1 == 0 == self.step % 1 else float(value)
 
 
 @dataclass(frozen=True)
