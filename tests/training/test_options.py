@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from heliostat.core.paths import overlay
 from heliostat.errors import SpecError
 from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.config import SCHEDULERS, TrainConfig
@@ -22,12 +23,10 @@ from heliostat.training.task import Objective, build_data
 Data = Mapping[str, Dataset[Any]]
 NewModel = Callable[..., nn.Module]
 OPTIONS: dict[str, dict[str, Any]] = {
-    "CosineAnnealingLR": {"T_max": 4},
     "CosineAnnealingWarmRestarts": {"T_0": 2},
     "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "cycle_momentum": False},
     "ExponentialLR": {"gamma": 0.5},
     "MultiStepLR": {"milestones": [1, 2]},
-    "OneCycleLR": {"max_lr": 0.1, "total_steps": 10},
     "StepLR": {"step_size": 1},
 }
 
@@ -62,6 +61,58 @@ def test_a_scheduler_by_name_steps_once_an_epoch_or_once_a_step(train: Callable[
     assert [row["lr"] for row in train(scheduler=halving).history] == [0.1, 0.05, 0.025]
     by_step = train(scheduler=halving | {"per": "step"}, steps_per_epoch=2).history
     assert [row["lr"] for row in by_step] == [0.1 / 2, 0.1 / 8, 0.1 / 32]
+
+
+@pytest.mark.parametrize("per", ["epoch", "step"])
+@pytest.mark.parametrize(
+    ("name", "options", "end"),
+    [
+        ("OneCycleLR", {"pct_start": 0.25}, 0.0),
+        ("CosineAnnealingLR", {}, 0.0),
+        ("PolynomialLR", {}, 0.0),
+        ("LinearLR", {"start_factor": 1.0, "end_factor": 0.5}, 0.05),
+    ],
+)
+def test_a_schedule_lasts_for_the_whole_training_where_its_length_is_left_out(
+    train: Callable[..., Any], tmp_path: Path, name: str, options: dict[str, Any], end: float, per: str
+) -> None:
+    scheduler = {"name": name, "options": options, "per": per}
+    rates = [row["lr"] for row in train(epochs=8, scheduler=scheduler).history]
+    assert max(rates) == pytest.approx(0.1, rel=0.3)
+    assert rates[-1] == pytest.approx(end, abs=0.02)
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert len(set(rates)) == 8
+    train(epochs=8, scheduler=scheduler, kept=Checkpoints(tmp_path))
+    kept = Checkpoints(tmp_path)
+    for file in sorted(tmp_path.iterdir())[-1:]:
+        file.unlink()
+    assert [row["lr"] for row in train(epochs=8, scheduler=scheduler, kept=kept).history] == rates
+
+
+def test_a_cycle_that_would_end_before_the_training_is_refused(train: Callable[..., Any]) -> None:
+    short = {"name": "OneCycleLR", "per": "step", "options": {"total_steps": 10}}
+    with pytest.raises(SpecError, match=r"OneCycleLR ends after 10 steps .* stepped 24 times.*leave total_steps out"):
+        train(scheduler=short)
+
+
+def test_a_schedule_by_step_over_a_stream_of_unknown_length_asks_for_the_steps(
+    data: Data, train: Callable[..., Any]
+) -> None:
+    stream = {**data, "train": Stream([data["train"][i] for i in range(20)])}
+    scheduler = {"name": "OneCycleLR", "per": "step"}
+    with pytest.raises(SpecError, match=r"scheduler.options.total_steps: the training data has no length"):
+        train(data=stream, scheduler=scheduler)
+    train(data=stream, scheduler=scheduler, steps_per_epoch=2)
+
+
+def test_options_that_a_scheduler_refuses_are_named_before_training(train: Callable[..., Any]) -> None:
+    with pytest.raises(SpecError, match=r"scheduler.options: OneCycleLR: .*pct_start"):
+        train(scheduler={"name": "OneCycleLR", "options": {"pct_start": 2.0}})
+
+
+def test_a_search_may_take_another_scheduler_than_the_file_names() -> None:
+    config = overlay(TrainConfig(scheduler={"name": "LinearLR"}), {"scheduler.name": "cosine"})
+    assert config.scheduler.options == {}
 
 
 def test_a_plateau_lowers_the_rate_in_the_direction_of_the_monitor(train: Callable[..., Any]) -> None:

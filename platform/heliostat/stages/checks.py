@@ -41,7 +41,7 @@ def check_loop(config: TrainConfig, view: ConfigView, *, place: str, workers: in
         yield from _check_made(config.optimizer.name, config.optimizer.arguments, place=f"{place}.optimizer")
     if config.scheduler.name in SCHEDULERS:
         reference = f"torch.optim.lr_scheduler:{config.scheduler.name}"
-        yield from _check_made(reference, config.scheduler.options, place=f"{place}.scheduler.options")
+        yield from _check_made(reference, config.scheduler.arguments, place=f"{place}.scheduler.options")
     for problem in why_not_trained(config, workers=workers, task=view.task):
         yield f"{place}.{problem}"
 

@@ -42,6 +42,15 @@ SCHEDULERS = (
     "StepLR",
 )
 """The classes of `torch.optim.lr_scheduler` that plain values describe."""
+LENGTHS = {
+    "CosineAnnealingLR": "T_max",
+    "LinearLR": "total_iters",
+    "OneCycleLR": "total_steps",
+    "PolynomialLR": "total_iters",
+}
+"""The option of these that says how often they are stepped: in the whole training, where it is left out."""
+OVER_ALL = ("LinearLR", "PolynomialLR")
+"""Those whose `total_iters` would be 5 in torch, whatever the length of the training."""
 
 
 class OptimizerConfig(Spec):
@@ -97,7 +106,9 @@ class SchedulerConfig(Spec):
     """The learning rate: a linear warm-up by step, then `constant`, or `cosine` or `linear` down to zero.
 
     Or a class of `torch.optim.lr_scheduler` by name, made with `options` and stepped once an epoch or a step, as `per`
-    says. `ReduceLROnPlateau` looks at the monitored figure, once an epoch.
+    says. `ReduceLROnPlateau` looks at the monitored figure, once an epoch. An option that is the length of the training
+    may be left out: `total_steps` and `T_max`, and `total_iters` of `LinearLR` and `PolynomialLR`; so may `max_lr` of
+    `OneCycleLR`, which is then the optimizer's `lr`.
     """
 
     name: str = "constant"
@@ -112,6 +123,19 @@ class SchedulerConfig(Spec):
             raise ValueError(f"unknown scheduler {name!r}{nearest(name, SHAPES + SCHEDULERS)}")
         return name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _over_the_whole_training(cls, value: Any) -> Any:
+        """Write down what differs from torch's own default. It is left behind where a search takes another name."""
+        options = value.get("options", {}) if isinstance(value, Mapping) else None
+        if not isinstance(options, Mapping):
+            return value
+        if value.get("name") in OVER_ALL:
+            return {**value, "options": {"total_iters": None, **options}}
+        if options.get("total_iters", 0) is None:
+            return {**value, "options": {name: option for name, option in options.items() if name != "total_iters"}}
+        return value
+
     @model_validator(mode="after")
     def _options_fit(self) -> "SchedulerConfig":
         if self.name in SHAPES and (self.options or self.per != "epoch"):
@@ -121,6 +145,12 @@ class SchedulerConfig(Spec):
         if self.name == "ReduceLROnPlateau" and self.per == "step":
             raise ValueError("ReduceLROnPlateau looks at a figure of the whole epoch; leave out per")
         return self
+
+    @property
+    def arguments(self) -> set[str]:
+        """The names of the options that the class of torch is made with."""
+        left_out = [LENGTHS[self.name]] if self.name in LENGTHS else []
+        return {*self.options, *left_out, *(["max_lr"] if self.name == "OneCycleLR" else [])}
 
 
 class AutoConfig(Spec):

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from heliostat.core.imports import resolve
 from heliostat.errors import SpecError
-from heliostat.training.config import SHAPES, OptimizerConfig, SchedulerConfig
+from heliostat.training.config import LENGTHS, SHAPES, OptimizerConfig, SchedulerConfig
 from heliostat.training.strategies.gradients import is_spread
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
@@ -99,12 +99,19 @@ def build_schedule(
 ) -> Schedule:
     """The schedule that the config describes; `mode` is the direction of the monitored figure.
 
-    Raises SpecError when warm-up or decay needs the number of steps and the data has no length.
+    Raises SpecError when warm-up or decay needs the number of steps and the data has no length, and for options that
+    the class of torch does not take.
     """
-    if config.name == "ReduceLROnPlateau":
-        return Schedule(ReduceLROnPlateau(optimizer, **{"mode": mode, **config.options}), per="epoch")
     if config.name not in SHAPES:
-        return Schedule(getattr(lr_scheduler, config.name)(optimizer, **config.options), per=config.per)
+        options = _with_length(config, optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch)
+        is_plateau = config.name == "ReduceLROnPlateau"
+        try:
+            scheduler = getattr(lr_scheduler, config.name)(
+                optimizer, **({"mode": mode} if is_plateau else {}) | options
+            )
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise SpecError(f"scheduler.options: {config.name}: {error}") from None
+        return Schedule(scheduler, per="epoch" if is_plateau else config.per)
     if steps_per_epoch is None:
         if config.name != "constant" or config.warmup_epochs:
             raise SpecError(
@@ -128,3 +135,31 @@ def build_schedule(
                 return 1.0
 
     return Schedule(LambdaLR(optimizer, factor), per="step")
+
+
+def _with_length(
+    config: SchedulerConfig, optimizer: torch.optim.Optimizer, *, epochs: int, steps_per_epoch: int | None
+) -> dict[str, Any]:
+    """The scheduler's options, with the length of the training where that was left out.
+
+    Raises SpecError for a length that is not known, or that `OneCycleLR`, which fails after it, would not last for.
+    """
+    name, options = LENGTHS.get(config.name, ""), dict(config.options)
+    length = epochs if config.per == "epoch" else steps_per_epoch and epochs * steps_per_epoch
+    if config.name == "OneCycleLR":
+        options.setdefault("max_lr", [group["lr"] for group in optimizer.param_groups])
+        if "epochs" in options and "steps_per_epoch" in options:
+            options["total_steps"] = options.pop("epochs") * options.pop("steps_per_epoch")
+        given = options.get("total_steps")
+        if given is not None and length is not None and given < length:
+            raise SpecError(
+                f"scheduler.options: OneCycleLR ends after {given} steps and would fail then, but is stepped {length} "
+                f"times, once {'an epoch' if config.per == 'epoch' else 'a step'}; leave total_steps out"
+            )
+    if not name or options.get(name) is not None:
+        return options
+    if length is None:
+        raise SpecError(
+            f"scheduler.options.{name}: the training data has no length that it could be; give it, or steps_per_epoch"
+        )
+    return {**options, name: length}
