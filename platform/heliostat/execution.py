@@ -185,7 +185,7 @@ class Execution:
         files, metrics = digest_files(node.folder, result.files), dict(result.metrics)
         if node.has_speed:
             self._view.progress(node, {"doing": "measuring"})
-            call = (timed, measure_quality, node.folder, pipeline.task, result.params)
+            call = (timed, measure_quality, node.folder, pipeline.task, result.params, result.validated)
             quality, measuring_s = self._task(node, *call, needed={node.folder: files})
             metrics |= quality
             seconds += measuring_s

@@ -124,6 +124,18 @@ def shelf_in(folder: Path, made_from: Iterable[str]) -> Path:
 
 
 @dataclass(frozen=True)
+class Validated:
+    """What the weights that a stage kept gave on `val` while they were in memory."""
+
+    figures: Mapping[str, float]
+    """The row of the epoch that was kept: `val_loss`, `val_accuracy`, and whatever else."""
+    layers: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """The marks of each layer for the first batch (`training/marks.py`), by which the first that is apart is found."""
+    by_own_loop: bool = False
+    """Whether the figures are what `task.train_fn` reported."""
+
+
+@dataclass(frozen=True)
 class StageResult:
     """What a stage function returns. The files it wrote into `context.folder` and names here are the artifact."""
 
@@ -137,6 +149,8 @@ class StageResult:
 
     `history`, where there is one, is a row of metrics per epoch.
     """
+    validated: Validated | None = None
+    """Of a stage that trains: the saved model must give the same figures when it is loaded, else the stage fails."""
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,16 @@ if TYPE_CHECKING:
 
 
 class Measure(Protocol):
-    """From weights to figures. It calls `give_way` now and then, and times the model within `alone`."""
+    """From weights, and the row of their epoch, to figures.
+
+    It calls `give_way` now and then, and times the model within `alone`.
+    """
 
     def __call__(
         self,
         weights: "dict[str, Tensor]",
         *,
+        validated: Mapping[str, float],
         config: TrainConfig,
         data: "Data",
         give_way: Callable[[], None],
@@ -94,6 +98,7 @@ class Appraiser:
         self._config, self._data, self._compared_at = config, data, compared_at
         self._best_epoch = 0
         self._weights: dict[str, Tensor] = {}
+        self._best_row: Mapping[str, float] = {}
         self._figures: dict[str, float] | None = None
         """Of these weights; None while they are not measured."""
 
@@ -104,6 +109,8 @@ class Appraiser:
             self._figures = None
 
     def epoch(self, epoch: int, row: Mapping[str, float]) -> bool:
+        if epoch == self._best_epoch:
+            self._best_row = row
         if not self._appraisal.compresses:
             complete = {**row, **self._measured()}
         else:
@@ -120,6 +127,7 @@ class Appraiser:
         if self._figures is None:
             self._figures = self._appraisal.measure(
                 self._weights,
+                validated=self._best_row,
                 config=self._config,
                 data=self._data,
                 give_way=self._gate.give_way,

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from heliostat.core.artifact import Record
 from heliostat.core.model import Count, NonNegative, NonNegativeInt, Number, Positive, Spec
-from heliostat.core.stage import ConfigView, StageResult
+from heliostat.core.stage import ConfigView, StageResult, Validated
 from heliostat.stages.checks import check_loop, check_own_loss
 from heliostat.stages.measure import recipe_of
 from heliostat.training.config import OptimizerConfig, SchedulerConfig, StrategyConfig, TrainConfig
@@ -111,6 +111,7 @@ def mend(
     from heliostat.stages.passes.teaching import taught_by
 
     described, rows, metrics, found = describe(source.folder), list(earlier), {}, dict(details)
+    validated = None
     if config.finetune_epochs:
         tuning = config.changed(shop.recipe, epochs=config.finetune_epochs, scheduler=config.scheduler)
         teachers = [shop.teacher or source]
@@ -122,6 +123,7 @@ def mend(
         if after_step is not None:
             after_step(model)  # averaged weights are averages of before and after each step
         metrics, found["best_epoch"] = tuned.metrics, len(rows) + tuned.epoch
+        validated = Validated(tuned.metrics, tuned.layers)
         rows += tuned.history
         found |= tuned.notes
     if rows:
@@ -131,4 +133,4 @@ def mend(
         "reload": shop.reload_parity(model),
         "source": shop.parity(torch_model(source), against=source.node),
     }
-    return StageResult(files=files, metrics=metrics, details=found)
+    return StageResult(files=files, metrics=metrics, details=found, validated=validated)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from heliostat.core.spec import Task
+from heliostat.core.stage import Validated
+from heliostat.stages.saved import check_saved
 from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -78,15 +80,20 @@ def call_example(
     return inputs.numpy(), load_model(folder)(inputs).numpy()
 
 
-def measure_quality(folder: Path, task: Task, params: Mapping[str, Any]) -> dict[str, float]:
+def measure_quality(
+    folder: Path, task: Task, params: Mapping[str, Any], validated: Validated | None = None
+) -> dict[str, float]:
     """Loss and metrics on `val`, which choices use, and on `test`, which is only reported; size and arithmetic.
 
     `val_accuracy_low` and `val_accuracy_high` are the ends of the 95 % interval of `val_accuracy`, and so on; a
     metric that is slow to compute has none.
+
+    Raises StageError where the figures of `val` are not those `validated`.
     """
     from heliostat.compression.formats import load_model
     from heliostat.compression.size import num_nonzero, num_params, size_mb, size_zip_mb
     from heliostat.stages.models import describe
+    from heliostat.training.evaluation import evaluate
     from heliostat.training.task import build_data, build_objective
 
     model = load_model(folder)
@@ -102,6 +109,9 @@ def measure_quality(folder: Path, task: Task, params: Mapping[str, Any]) -> dict
     for split in ("val", "test"):
         if split in data:
             figures |= evaluate_with_intervals(model, data[split], objective, split=split)
+        if split == "val" and validated is not None:
+            again = partial(evaluate, model, data["val"], objective, split="val")
+            check_saved(folder, validated, figures, data=data, again=again)
     return figures
 
 

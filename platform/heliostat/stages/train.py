@@ -10,7 +10,7 @@ from heliostat.core.artifact import Record
 from heliostat.core.capacity import Need
 from heliostat.core.paths import overlay
 from heliostat.core.spec import Resources
-from heliostat.core.stage import ConfigView, StageContext, StageResult, Unheard, stage
+from heliostat.core.stage import ConfigView, StageContext, StageResult, Unheard, Validated, stage
 from heliostat.stages.checks import check_arguments, check_loop, check_monitor
 from heliostat.training.config import TrainConfig as TrainConfig
 
@@ -129,6 +129,7 @@ def _keep(context: StageContext, config: TrainConfig, fitted: "Fit") -> StageRes
     return StageResult(
         files=files,
         metrics=fitted.metrics,
+        validated=Validated(fitted.metrics, fitted.layers, by_own_loop=context.task.train_fn is not None),
         params={"train": config.model_dump(mode="json", exclude_unset=True)},
         details={
             "best_epoch": fitted.epoch,

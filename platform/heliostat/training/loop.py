@@ -9,6 +9,7 @@ rank 0 reads and writes checkpoints, or each its own part of them where the mode
 
 import time
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from heliostat.training.evaluation import evaluate
 from heliostat.training.layout import SAMPLES, Layout, choose_layout
 from heliostat.training.leftover import find_min_rows
 from heliostat.training.losses import BatchLoss, LossMeter, LossRule
+from heliostat.training.marks import Marks, marking
 from heliostat.training.phases import Phases
 from heliostat.training.progress import Fit, OnBest, OnEpoch, Progress, is_better
 from heliostat.training.resume import put_down, take_up
@@ -138,13 +140,16 @@ def train_epochs(
     progress, best_state = take_up(trainee, checkpoints, world=world)
     is_over = config.gives_up(progress.epoch, best_epoch=progress.best_epoch)
     checkpoint_s = 0.0
+    layers: Marks = {}
 
     def validate() -> dict[str, float]:
         copy_buffers_from_first(parallel.module, world=parallel.data)
         parallel.module.eval()
 
         def measured() -> dict[str, float]:
-            with trainee.averaged():
+            nonlocal layers
+            first = marking(parallel.module) if not parallel.is_sharded and world.rank == 0 else nullcontext(Marks())
+            with trainee.averaged(), first as layers:
                 return evaluate(parallel.outputs, data["val"], objective, split="val", world=parallel.data)
 
         return layout.attempt(measured, optimizer=trainee.optimizer)
@@ -177,6 +182,7 @@ def train_epochs(
         progress.history.append(row)
         if is_best:
             progress.best_epoch, best_state = epoch, trainee.keep_weights_that_count()
+            progress.layers = layers
             if on_best is not None:
                 on_best(epoch, parallel.gather(best_state))
         asked_to_stop = (yield epoch, row) is True

@@ -35,6 +35,8 @@ class Fit:
     epochs: int
     seconds: float
     """Time spent on the epochs of the history, interruptions left out."""
+    layers: Mapping[str, list[float]] = field(default_factory=dict)
+    """The best epoch's marks of each layer (`marks.py`), where they were taken."""
     choice: Mapping[str, Any] = field(default_factory=dict)
     """The strategy that `auto` took, why, and the memory that it was weighed by, as JSON values."""
     notes: Mapping[str, str] = field(default_factory=dict)
@@ -51,6 +53,7 @@ class Progress:
     steps: int = 0
     """Optimizer steps, over all epochs."""
     validations: list[dict[str, float]] = field(default_factory=list)
+    layers: dict[str, list[float]] = field(default_factory=dict)
 
     def fit(
         self, *, state: dict[str, Tensor], choice: Mapping[str, Any], notes: Mapping[str, str] | None = None
@@ -64,6 +67,7 @@ class Progress:
             validations=self.validations,
             epochs=self.epoch,
             seconds=sum(row["seconds"] for row in self.history),
+            layers=self.layers,
             choice=choice,
             notes=notes or {},
         )

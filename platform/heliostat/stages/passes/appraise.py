@@ -1,10 +1,11 @@
 """What a trial's model is worth after the passes: made and measured as the stages would."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -12,11 +13,13 @@ from heliostat.compression.formats import Model, load_model
 from heliostat.compression.measure import measure_speed
 from heliostat.compression.size import num_params, size_mb
 from heliostat.core.spec import Task
+from heliostat.core.stage import StageResult, Validated
 from heliostat.errors import HeliostatError, StageError
 from heliostat.stages.evaluate_after import PassConfig
 from heliostat.stages.measure import SECONDS_PER_BATCH_SIZE
 from heliostat.stages.passes.registry import PASSES
 from heliostat.stages.passes.workshop import Workshop
+from heliostat.stages.saved import check_made
 from heliostat.training.config import TrainConfig
 from heliostat.training.evaluation import evaluate
 from heliostat.training.seeding import seed_everything
@@ -34,6 +37,7 @@ class Made:
 def appraise(
     weights: dict[str, Tensor],
     *,
+    validated: Mapping[str, float] = MappingProxyType({}),
     task: Task,
     root: Path,
     seed: int,
@@ -45,6 +49,8 @@ def appraise(
     alone: Callable[[], AbstractContextManager[None]],
 ) -> dict[str, float]:
     """The figures of the model that has these weights, after the passes: costs, and where there are any, of `val`.
+
+    `validated` is the row of the weights' epoch.
 
     `latency_ms` (`timed`) is measured within `alone`. Raises StageError, which names the pass, where one fails.
     """
@@ -62,14 +68,17 @@ def appraise(
         model = build_model(task, config.model_args)
         model.load_state_dict(weights)
         shop.folder.mkdir()
-        shop.save(model.eval())
+        files = shop.save(model.eval())
+        if passes:
+            check_made(shop, StageResult(files, validated=Validated(validated)))
         made = Made("train", shop.folder)
         for index, step in enumerate(passes):
             uses, settings = step.chosen
             folder = Path(scratch, f"{index}-{uses}")
             folder.mkdir()
             try:
-                PASSES[uses](replace(shop, folder=folder), made, settings)
+                shop = replace(shop, folder=folder)
+                check_made(shop, PASSES[uses](shop, made, settings))
             except HeliostatError as error:
                 raise StageError(f"evaluate_after[{index}] ({uses}): {error}") from error
             made = Made(uses, folder)

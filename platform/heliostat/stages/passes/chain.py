@@ -24,6 +24,7 @@ from heliostat.stages.measure import evaluate_with_intervals, recipe_of
 from heliostat.stages.passes.appraise import costs_of, latency_of
 from heliostat.stages.passes.registry import PASSES
 from heliostat.stages.passes.workshop import Workshop
+from heliostat.stages.saved import check_made
 from heliostat.training.task import Data, build_objective
 
 
@@ -109,6 +110,7 @@ def _make(link: Link, source: Made, shop: Workshop) -> None:
     shop.folder.mkdir(exist_ok=True)
     try:
         result = PASSES[link.uses](shop, source, link.config)
+        check_made(shop, result)
     except HeliostatError as error:
         outcome: dict[str, Any] = {"failed": str(error)}
     else:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from heliostat.compression.distill import mean_outputs
 from heliostat.compression.formats import load_model
 from heliostat.compression.size import num_params
-from heliostat.core.stage import StageResult
+from heliostat.core.stage import StageResult, Validated
 from heliostat.stages.distill import DistillConfig
 from heliostat.stages.passes.teaching import taught_by
 from heliostat.stages.passes.workshop import Source, Workshop
@@ -36,6 +36,7 @@ def distill_model(shop: Workshop, teachers: Sequence[Source], config: DistillCon
     return StageResult(
         files=files,
         metrics=fitted.metrics,
+        validated=Validated(fitted.metrics, fitted.layers),
         params={"train": shop.recipe.model_dump(mode="json", exclude_unset=True)},
         details={
             "best_epoch": fitted.epoch,

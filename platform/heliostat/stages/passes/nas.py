@@ -25,7 +25,7 @@ from heliostat.core.identity import canonical_json
 from heliostat.core.objective import Objectives
 from heliostat.core.paths import set_path
 from heliostat.core.space import Space
-from heliostat.core.stage import StageResult
+from heliostat.core.stage import StageResult, Validated
 from heliostat.errors import SpecError
 from heliostat.runtime.engines import engines
 from heliostat.stages.nas import NasConfig
@@ -70,6 +70,7 @@ def search_architecture(shop: Workshop, config: NasConfig, *, alone: Callable[..
     recalibrate(model, _calibration(shop))
     recipe = shop.recipe.model_copy(update={"model_args": _arguments(shop, winner)})
     shop, metrics, history = replace(shop, recipe=recipe), dict(found.figures), list(fitted.history)
+    validated = Validated(metrics)
     details: dict[str, Any] = {"winner": winner, "subnets": found.table, "best_epoch": fitted.epoch}
     details |= fitted.notes
     if soft_loss is not None:
@@ -78,11 +79,12 @@ def search_architecture(shop: Workshop, config: NasConfig, *, alone: Callable[..
         tuning = recipe.model_copy(update={"epochs": config.finetune_epochs})
         tuned = shop.fine_tune(model, tuning, earlier=len(history))
         metrics, details["best_epoch"] = tuned.metrics, len(history) + tuned.epoch
+        validated = Validated(metrics, tuned.layers)
         history += tuned.history
     files = shop.save(model.eval())
     details |= {"history": history, "parity": {"reload": shop.reload_parity(model)}}
     params = {"train": recipe.model_dump(mode="json", exclude_unset=True)}
-    return StageResult(files=files, metrics=metrics, params=params, details=details)
+    return StageResult(files=files, metrics=metrics, params=params, details=details, validated=validated)
 
 
 # --- training -----------------------------------------------------------------------------------
