@@ -66,6 +66,42 @@ def in_parts(world: World, folder: Path) -> dict[str, Any]:
     return curve(world, folder, accumulate_steps=2, clip_grad_norm=0.5)
 
 
+def mean_over_tokens(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    losses = nn.functional.cross_entropy(outputs, targets, reduction="none", ignore_index=-1)
+    return losses.sum(), (targets != -1).sum()
+
+
+def tokens(num_samples: int) -> TensorDataset:
+    """Sequences of five; how many of them count differs, and in the last ones none does."""
+    generator = torch.Generator().manual_seed(num_samples)
+    inputs = torch.randint(0, 7, (num_samples, 5), generator=generator)
+    lengths = torch.randint(0, 5, (num_samples, 1), generator=generator)
+    lengths[-3:] = 0
+    return TensorDataset(inputs, torch.where(torch.arange(5) < lengths, (inputs + 1) % 7, -1))
+
+
+class ClassesFirst(nn.Module):
+    def forward(self, outputs: Tensor) -> Tensor:
+        return outputs.transpose(1, 2)
+
+
+def weighted(world: World, folder: Path) -> dict[str, Any]:
+    """A loss that divides by what counts in it, as torch's and as the user's own; in parts and clipped."""
+    own = Objective(mean_over_tokens)
+    own_step = Objective(mean_over_tokens, train_step=lambda model, batch: mean_over_tokens(model(batch[0]), batch[1]))
+    torchs = Objective(nn.CrossEntropyLoss(ignore_index=-1, weight=torch.arange(1.0, 8.0)))
+    data = {"train": tokens(21), "val": tokens(11)}
+    found = {}
+    for name, objective, parts in (("own", own, 1), ("torch", torchs, 3), ("own_step", own_step, 2)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 7), ClassesFirst())
+        config = TrainConfig(epochs=2, batch_size=8, optimizer=SGD, accumulate_steps=parts, clip_grad_norm=0.5)
+        result = fit(model, data, config, objective=objective, seed=3, world=world)
+        alone = evaluate(model, data["val"], objective, split="val", batch_size=4)
+        found[name] = {"history": result.history, "state": result.state, "alone": alone["val_loss"]}
+    return found
+
+
 def exact_metrics(world: World, folder: Path) -> dict[str, float]:
     """Fewer samples than some worlds have workers, and more, never divisible."""
     objective = Objective(nn.functional.cross_entropy, (Metric("position", weighted_by_position, "max"),))
@@ -201,6 +237,7 @@ def users_loop(world: World, folder: Path) -> dict[str, Any]:
 SCENARIOS = (
     curve,
     in_parts,
+    weighted,
     exact_metrics,
     batch_norm,
     left_over,

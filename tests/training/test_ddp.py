@@ -47,6 +47,18 @@ def test_accumulation_and_clipping_do_not_depend_on_the_number_of_workers(result
 
 
 @pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", ["own", "torch", "own_step"])
+def test_a_loss_that_divides_by_its_weight_is_that_of_the_global_batch(results: Results, size: int, name: str) -> None:
+    """Whichever workers have its tokens, and in how many parts they compute."""
+    one, several = results[1]["weighted"][name], results[size]["weighted"][name]
+    for row, expected in zip(several["history"], one["history"], strict=True):
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-5)
+        assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-5)
+    torch.testing.assert_close(several["state"], one["state"], rtol=0, atol=1e-5)
+    assert several["history"][-1]["val_loss"] == pytest.approx(several["alone"], abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 3])
 def test_the_saved_model_has_the_users_names(results: Results, size: int) -> None:
     assert list(results[size]["curve"]["state"]) == ["0.weight", "0.bias", "2.weight", "2.bias"]
 

@@ -1,11 +1,13 @@
 """Which samples every worker sees, and how they become batches.
 
 `batch_size` is global. An epoch is one seeded permutation, the same for any number of workers, cut into global batches;
-worker r takes the r-th part of each, and `accumulate_steps` cuts that part again. A share's weight makes the sum of its
+`accumulate_steps` cuts each into parts, and worker r takes the r-th share of every part. So the samples whose gradients
+and statistics are computed together are the same for any number of workers. A share's weight makes the sum of its
 losses' gradients, averaged over workers as DDP does, the exact mean over the global batch. A worker for which a short
-last batch leaves nothing borrows one of its samples at weight 0: it still takes part in every collective, and its model
+part leaves nothing borrows one of its samples at weight 0: it still takes part in every collective, and its model
 never sees an empty batch. Some models, such as those with batch norm, cannot train on one sample: for them what would
-be left over is merged with its neighbour (`min_rows`; `training/leftover.py` says when).
+be left over is merged with its neighbour (`min_rows`; `training/leftover.py` says when). A split is evaluated in the
+same batches by any number of workers, which take runs of them.
 
 A stream (an `IterableDataset`) has no permutation: its global batches are its samples in their order.
 
@@ -13,7 +15,6 @@ Batches are tuples `(inputs, targets, *extras)`. A `TensorDataset`, or a `Subset
 without any Python per sample.
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -41,6 +42,8 @@ class Share:
     """What the mean loss over the share is multiplied with before `backward`."""
     ends_step: bool
     """Whether the global batch is complete with this share."""
+    is_whole: bool = False
+    """Whether it is the whole global batch, which one worker has."""
 
 
 def split_evenly(num_samples: int, num_parts: int) -> list[int]:
@@ -73,23 +76,31 @@ def training_shares(
 
 def shares_of(global_batch: Tensor, *, world: World, accumulate_steps: int, min_rows: int) -> list[Share]:
     """One worker's shares of one global batch of indices."""
-    mine, count = _part_of(global_batch, world, min_rows)
-    smallest = min(filter(None, counts_of(len(global_batch), world.size, min_rows)))
-    parts = mine.tensor_split(min(accumulate_steps, max(1, smallest // min_rows)))
-    counts = [len(part) if count else 0 for part in parts]
+    size = len(global_batch)
+    num_parts = max(1, min(accumulate_steps, size // min_rows))
+    parts = [_part_of(part, world, min_rows) for part in global_batch.tensor_split(num_parts)]
+    is_whole = world.size == num_parts == 1
     return [
-        Share(part, num_samples=n, weight=n * world.size / len(global_batch), ends_step=number == len(parts))
-        for number, (part, n) in enumerate(zip(parts, counts), start=1)
+        Share(part, n, weight=n * world.size / size, ends_step=number == len(parts), is_whole=is_whole)
+        for number, (part, n) in enumerate(parts, start=1)
     ]
 
 
 def evaluation_shares(num_samples: int, *, batch_size: int, world: World) -> list[Share]:
-    """One worker's contiguous part of a split, in batches of at most `batch_size`; every worker has as many."""
-    mine, count = _part_of(torch.arange(num_samples), world)
-    parts = list(torch.split(mine, batch_size))
-    borrowed = [mine[-1:]] * (math.ceil(math.ceil(num_samples / world.size) / batch_size) - len(parts))
-    counts = [len(part) if count else 0 for part in parts] + [0] * len(borrowed)
-    return [Share(part, n, weight=1.0, ends_step=True) for part, n in zip(parts + borrowed, counts)]
+    """One worker's run of the batches of a split; every worker has as many, of which some may be borrowed."""
+    batches = torch.split(torch.arange(num_samples), batch_size)
+    runs = split_evenly(len(batches), world.size)
+    start = sum(runs[: world.rank])
+    mine = [Share(batch, len(batch), 1.0, ends_step=True) for batch in batches[start : start + runs[world.rank]]]
+    borrowed = Share(batches[-1][-1:], 0, 1.0, ends_step=True)
+    return mine + [borrowed] * (runs[0] - len(mine))
+
+
+def evaluation_counts(num_samples: int, *, batch_size: int, num_workers: int) -> list[int]:
+    """How many samples of a split each worker evaluates."""
+    worlds = (World(rank, num_workers) for rank in range(num_workers))
+    shares = (evaluation_shares(num_samples, batch_size=batch_size, world=world) for world in worlds)
+    return [sum(share.num_samples for share in mine) for mine in shares]
 
 
 def counts_of(num_samples: int, num_workers: int, min_rows: int) -> list[int]:

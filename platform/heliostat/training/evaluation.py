@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from heliostat.training.batches import evaluation_shares, load_batches, split_evenly
+from heliostat.errors import StageError
+from heliostat.training.batches import evaluation_counts, evaluation_shares, load_batches
+from heliostat.training.losses import summed
 from heliostat.training.task import Objective
 from heliostat.training.world import World, gather_rows, sum_over_workers
 
@@ -26,30 +28,35 @@ def evaluate(
     batch_size: int | None = None,
     world: World | None = None,
 ) -> dict[str, float]:
-    """`{split}_loss` (the mean over samples) and every `{split}_{metric}`, over the whole split exactly.
+    """`{split}_loss` and every `{split}_{metric}` over the whole split exactly. A loss is as in `losses.py`.
 
-    Each worker computes its part; outputs and targets are gathered in their order for the metrics, so every worker
-    returns the same figures. The model may be any function of a batch; a module is put into evaluation mode.
+    Each worker computes some of the batches, which are the same for any number of workers; outputs and targets are
+    gathered in their order for the metrics, so every worker returns the same figures. The model may be any function of
+    a batch; a module is put into evaluation mode. Raises StageError where nothing has a weight in the loss.
     """
     world = world or World()
     batch_size = batch_size or (CPU_BATCH_SIZE if world.device.type == "cpu" else ACCELERATOR_BATCH_SIZE)
     if isinstance(model, nn.Module):
         model.eval()
     num_samples = len(dataset)  # type: ignore[arg-type]
-    loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     outputs, targets = [], []
     for share, batch in load_batches(
         dataset, evaluation_shares(num_samples, batch_size=batch_size, world=world), device=world.device
     ):
         output = model(batch[0])
-        loss_sum += objective.loss(output, batch[1]).double() * share.num_samples
+        if share.num_samples:
+            sums += torch.stack(summed(objective.part_of_loss(output, batch[1]), share.num_samples))
         if objective.metrics:
             outputs.append(output[: share.num_samples])
             targets.append(batch[1][: share.num_samples])
 
-    row = {f"{split}_loss": sum_over_workers(loss_sum, world=world).item() / num_samples}
+    total, weight = sum_over_workers(sums, world=world).tolist()
+    if not weight:
+        raise StageError(f"the loss of every {split} sample has the weight 0; all its targets may be ignored")
+    row = {f"{split}_loss": total / weight}
     if objective.metrics:
-        counts = split_evenly(num_samples, world.size)
+        counts = evaluation_counts(num_samples, batch_size=batch_size, num_workers=world.size)
         all_outputs = gather_rows(torch.cat(outputs), counts, world=world).cpu()
         all_targets = gather_rows(torch.cat(targets), counts, world=world).cpu()
         row |= {f"{split}_{m.name}": float(m.function(all_outputs, all_targets)) for m in objective.metrics}

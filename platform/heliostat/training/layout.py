@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from heliostat.training.batches import Batch
 from heliostat.training.config import OptimizerConfig
-from heliostat.training.losses import LossRule
+from heliostat.training.losses import LossRule, mean_of
 from heliostat.training.optim import build_optimizer, match_layout
 from heliostat.training.seeding import keep_randomness
 from heliostat.training.world import World, any_worker
@@ -161,7 +161,7 @@ def _try(model: nn.Module, batch: Batch, rule: LossRule, optimizer: OptimizerCon
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.manual_seed(0)
     with _random_numbers_noted() as training_drew:
-        loss = rule.loss(model.train(), batch)
+        loss = mean_of(rule.loss(model.train(), batch))
         # Not `backward`, which would also leave gradients with a loss that has parameters.
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     if optimizer.is_reference:  # torch's own optimizers work in any layout

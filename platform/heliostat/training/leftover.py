@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 from heliostat.errors import SpecError
 from heliostat.training.batches import first_rows, shares_of
 from heliostat.training.config import TrainConfig
-from heliostat.training.losses import LossRule
+from heliostat.training.losses import LossRule, mean_of
 from heliostat.training.seeding import keep_randomness
 from heliostat.training.world import World, any_worker
 
@@ -85,7 +85,7 @@ def _why_not_one(model: nn.Module, dataset: Dataset[Any], rule: LossRule, world:
 def _failure(model: nn.Module, dataset: Dataset[Any], rule: LossRule, world: World, *, count: int) -> str:
     try:
         tried = copy.deepcopy(model).to(world.device).train()
-        loss = rule.loss(tried, first_rows(dataset, count, device=world.device))
+        loss = mean_of(rule.loss(tried, first_rows(dataset, count, device=world.device)))
         torch.autograd.grad(loss, [p for p in tried.parameters() if p.requires_grad], allow_unused=True)
     except Exception as error:  # a model may raise anything
         return f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -107,7 +107,7 @@ def train_epochs(
     monitor, mode = objective.monitor(config)
     require_plain_state(model)
     rule = LossRule(
-        batch_loss or (lambda outputs, batch: objective.loss(outputs, batch[1])),
+        batch_loss or (lambda outputs, batch: objective.part_of_loss(outputs, batch[1])),
         train_step=objective.train_step if batch_loss is None else None,
         precision=config.precision,
         device=world.device,

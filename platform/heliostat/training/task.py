@@ -17,10 +17,11 @@ from heliostat.core.imports import resolve
 from heliostat.core.spec import Task
 from heliostat.errors import SpecError, nearest
 from heliostat.training.config import TrainConfig
+from heliostat.training.losses import Loss, TrainStep, mean_of
+from heliostat.training.torch_losses import as_sum, is_of_torch
 
 Mode = Literal["max", "min"]
 Data = Mapping[str, Dataset[Any]]
-Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,30 @@ class Metric:
 
 @dataclass(frozen=True)
 class Objective:
-    """What training minimises and what it reports beside it. `loss(outputs, targets)` is the mean over the batch."""
+    """What training minimises and what it reports beside it."""
 
-    loss: Loss
+    loss: Callable[..., Loss]
+    """`loss(outputs, targets)`: the mean over the samples of a batch, or `(sum, weight)`."""
     metrics: tuple[Metric, ...] = ()
-    train_step: Callable[[nn.Module, tuple[Any, ...]], Tensor] | None = None
-    """The user's own loss of a training batch, `train_step(model, batch)`, a mean over the batch too."""
+    train_step: TrainStep | None = None
+    """The user's own loss of a training batch, `train_step(model, batch)`, of the same two kinds."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_as_sum", as_sum(self.loss))
+
+    def part_of_loss(self, outputs: Any, targets: Any) -> Loss:
+        """The loss of a batch that may be a part of a larger one: as `(sum, weight)` where it is known to be that."""
+        found: Loss = (self._as_sum or self.loss)(outputs, targets)  # type: ignore[attr-defined]
+        return found
+
+    def mean_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The loss of a batch as one number."""
+        return mean_of(self.loss(outputs, targets))
+
+    @property
+    def named_loss(self) -> Callable[..., Tensor]:
+        """`mean_loss`, or the loss itself where that is one of torch's, which says by its name what it compares."""
+        return self.loss if is_of_torch(self.loss) else self.mean_loss  # type: ignore[return-value]
 
     @property
     def default_monitor(self) -> str:

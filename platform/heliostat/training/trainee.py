@@ -5,15 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from heliostat.training.batches import Batch, Share
 from heliostat.training.config import TrainConfig
 from heliostat.training.ema import Ema
-from heliostat.training.losses import LossRule
+from heliostat.training.losses import LossRule, LossSum
 from heliostat.training.optim import Schedule, build_optimizer, build_schedule, match_layout
 from heliostat.training.strategies import Parallel
-from heliostat.training.strategies.gradients import clip_gradients
+from heliostat.training.strategies.gradients import clip_gradients, local
 from heliostat.training.strategies.parallel import Weights
 
 
@@ -27,13 +26,15 @@ class Trainee:
     schedule: Schedule
     ema: Ema | None
 
-    def backward(self, batch: Batch, share: Share) -> Tensor:
-        """Add a share's part of the gradient; the mean loss over the share."""
+    def backward(self, batch: Batch, share: Share) -> LossSum:
+        """Add a share's part of the gradient; the share's loss."""
         return self.parallel.backward(batch, share, self.rule)
 
     def step(self, *, clip_grad_norm: float | None) -> None:
         """One optimizer step, with the gradients of a whole global batch, which are cleared."""
         self.parallel.end_backward()
+        gradients = (local(p.grad) for p in self.parallel.module.parameters() if p.grad is not None)
+        self.rule.end_step(gradients, world=self.parallel.data)
         scaler = self.rule.scaler
         if clip_grad_norm is not None:
             scaler.unscale_(self.optimizer)

@@ -106,7 +106,7 @@ def _soft_loss(shop: Workshop, config: NasConfig, supernet: nn.Module) -> SoftLo
     inputs, targets, *_ = first_rows(shop.data["train"], shop.recipe.batch_size)
     with torch.no_grad():
         outputs = supernet.eval()(inputs)
-    return choose_soft_loss(config.loss, outputs, targets, loss=build_objective(shop.task).loss)
+    return choose_soft_loss(config.loss, outputs, targets, loss=build_objective(shop.task).named_loss)
 
 
 def _sandwich(
@@ -118,7 +118,7 @@ def _sandwich(
     soft_loss: SoftLoss | None,
 ) -> Callable[[Tensor, Batch], Tensor]:
     """The loss of a batch: of the largest network, whose outputs the loop has, the smallest, and some at random."""
-    loss = build_objective(shop.task).loss
+    loss = build_objective(shop.task).mean_loss
     between = points[1:-1]
     large = shapes_of(supernet)
 

@@ -24,7 +24,7 @@ from heliostat.stages.prune import PenaltyConfig, PruneConfig
 from heliostat.training.batches import Batch, num_steps
 from heliostat.training.config import SchedulerConfig
 from heliostat.training.leftover import find_min_rows
-from heliostat.training.losses import LossRule
+from heliostat.training.losses import Loss, LossRule, plus
 from heliostat.training.seeding import derive_seed
 from heliostat.training.task import build_objective
 from heliostat.training.world import World
@@ -79,14 +79,14 @@ def _make_sparse(shop: Workshop, model: nn.Module, config: PruneConfig, sparsity
 
 
 def _penalized(shop: Workshop, model: nn.Module, config: PruneConfig, penalized: PenaltyConfig) -> Rows:
-    loss = build_objective(shop.task).loss
+    objective = build_objective(shop.task)
     if penalized.name == "l1":
         penalty = l1(model, skip=config.skip)
     else:
         penalty = group_lasso(model, example=shop.example, skip=config.skip)
 
-    def batch_loss(outputs: Tensor, batch: Batch) -> Tensor:
-        return loss(outputs, batch[1]) + penalized.strength * penalty()
+    def batch_loss(outputs: Tensor, batch: Batch) -> Loss:
+        return plus(objective.part_of_loss(outputs, batch[1]), penalized.strength * penalty())
 
     sparse = config.changed(shop.recipe, epochs=penalized.epochs, scheduler=SchedulerConfig())
     return shop.fine_tune(model, sparse, batch_loss=batch_loss, phase="sparse", keep="last").history

@@ -68,7 +68,7 @@ def taught_by(
         return
     if settings.features and len(teachers) > 1:
         raise StageError(f"features: layers are matched with those of one teacher, not of {len(teachers)}")
-    loss = build_objective(shop.task).loss
+    loss = build_objective(shop.task).mean_loss
     names = ", ".join(teacher.node for teacher in teachers)
     model = torch_model(teachers[0]) if settings.features else None
     teach: Teacher = mean_outputs([load_model(teacher.folder) for teacher in teachers]) if model is None else model
@@ -126,7 +126,7 @@ def _soft_loss(
         )
     if not settings.alpha:
         return None
-    return choose_soft_loss(settings.loss, answers, targets, loss=build_objective(shop.task).loss, option=option)
+    return choose_soft_loss(settings.loss, answers, targets, loss=build_objective(shop.task).named_loss, option=option)
 
 
 def _described(soft_loss: SoftLoss | None, names: str) -> dict[str, Any]:

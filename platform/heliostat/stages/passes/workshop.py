@@ -18,10 +18,11 @@ from heliostat.compression.parity import check_parity, values_of_module
 from heliostat.core.imports import own_sources
 from heliostat.core.mapping import Map, in_turn
 from heliostat.core.spec import Task
-from heliostat.training.batches import Batch, epoch_batches
+from heliostat.training.batches import epoch_batches
 from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.config import StrategyConfig, TrainConfig
 from heliostat.training.loop import Fit, fit
+from heliostat.training.losses import BatchLoss
 from heliostat.training.seeding import seed_everything
 from heliostat.training.task import Data, build_objective
 from heliostat.training.world import World
@@ -90,7 +91,7 @@ class Workshop:
         model: nn.Module,
         config: TrainConfig,
         *,
-        batch_loss: Callable[[Tensor, Batch], Tensor] | None = None,
+        batch_loss: BatchLoss | None = None,
         after_step: Callable[[nn.Module], None] | None = None,
         data: Data | None = None,
         phase: str = "",
@@ -160,7 +161,7 @@ class Workshop:
 
     def backward_on(self, count: int) -> Callable[[nn.Module], None]:
         """A function that adds to a model's parameters the gradients of the loss over so many training samples."""
-        loss, steps = build_objective(self.task).loss, -(-count // BATCH)
+        loss, steps = build_objective(self.task).mean_loss, -(-count // BATCH)
 
         def backward(model: nn.Module) -> None:
             for parameter in model.parameters():

@@ -5,14 +5,14 @@ The model is cut into units that are gathered one at a time: https://docs.pytorc
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from heliostat.errors import SpecError, nearest
 from heliostat.training.batches import Batch, Share
 from heliostat.training.config import FsdpConfig
-from heliostat.training.losses import LossRule
+from heliostat.training.losses import LossRule, LossSum
 from heliostat.training.strategies.parallel import Parallel, copy_of_part, whole_on_cpu
 from heliostat.training.world import World
 
@@ -25,11 +25,9 @@ def fsdp(model: nn.Module, config: FsdpConfig, world: World) -> Parallel:
         fully_shard(unit, mesh=mesh)
     sharded: FSDPModule = fully_shard(model, mesh=mesh, reshard_after_forward=True)
 
-    def backward(batch: Batch, share: Share, rule: LossRule) -> Tensor:
+    def backward(batch: Batch, share: Share, rule: LossRule) -> LossSum:
         sharded.set_requires_gradient_sync(share.ends_step)
-        loss = rule.loss(model, batch)
-        rule.backward(loss if share.weight == 1.0 else loss * share.weight)
-        return loss.detach()
+        return rule.backward(rule.loss(model, batch), share)
 
     return Parallel(
         model, model, backward, world=world, data=world, is_sharded=True, keep=copy_of_part, gather=whole_on_cpu

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from heliostat.core.state import map_state, with_metadata_of
 from heliostat.training.batches import Batch, Share
-from heliostat.training.losses import LossRule
+from heliostat.training.losses import LossRule, LossSum
 from heliostat.training.strategies.gradients import whole
 from heliostat.training.world import World
 
@@ -53,8 +53,8 @@ class Parallel:
     """What holds this worker's parameters: the user's own module, or its part of it."""
     outputs: Callable[[Tensor], Tensor]
     """The model's outputs for a batch, without gradients for them."""
-    backward: Callable[[Batch, Share, LossRule], Tensor]
-    """Adds a share's part of the gradient; returns the mean loss over the share."""
+    backward: Callable[[Batch, Share, LossRule], LossSum]
+    """Adds a share's part of the gradient; returns the share's loss."""
     world: World
     data: World
     """The workers that share each global batch, each computing its own part of it."""
@@ -82,11 +82,9 @@ def whole_model(
     """A model that every worker calls with its own part of a batch; `called` is the wrapper around it, if any."""
     model = called or module
 
-    def backward(batch: Batch, share: Share, rule: LossRule) -> Tensor:
+    def backward(batch: Batch, share: Share, rule: LossRule) -> LossSum:
         with _gradient_sync(model, enabled=share.ends_step):
-            loss = rule.loss(model, batch)
-            rule.backward(loss if share.weight == 1.0 else loss * share.weight)
-        return loss.detach()
+            return rule.backward(rule.loss(model, batch), share)
 
     return Parallel(module, module, backward, world=world, data=world, after_first_step=after_first_step)
 

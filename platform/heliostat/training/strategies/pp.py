@@ -7,7 +7,7 @@ which do not count.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -22,7 +22,7 @@ from heliostat.core.state import map_state, with_metadata_of
 from heliostat.errors import SpecError, nearest
 from heliostat.training.batches import Batch, Share
 from heliostat.training.config import PpConfig
-from heliostat.training.losses import LossRule, in_full_precision
+from heliostat.training.losses import LossRule, LossSum, in_full_precision, summed
 from heliostat.training.strategies.gradients import average_gradients
 from heliostat.training.strategies.parallel import Parallel, Weights, copy_of_part, whole_on_cpu
 from heliostat.training.world import World, from_worker
@@ -38,17 +38,28 @@ class _Current:
     batch: Batch = ()
     share: Share | None = None
     rule: LossRule | None = None
+    found: dict[int, tuple[LossSum, bool]] = field(default_factory=dict)
+    """The loss of each microbatch, by its first row, and whether it was a sum. Torch's schedule tries the first out."""
 
     def loss(self, outputs: Tensor, rows: Tensor) -> Tensor:
-        """A microbatch's part of the share's weighted mean loss; rows beyond the share's samples do not count."""
+        """A microbatch's part of the loss of the global batch; rows beyond the share's samples do not count."""
         if self.rule is None or self.share is None:
             return outputs.sum() * 0
-        counted = rows < self.share.num_samples
-        if not counted.any():
+        looked_at = rows < max(1, self.share.num_samples)
+        if not looked_at.any():
             return outputs.sum() * 0
-        batch = tuple(item[rows[counted]] if isinstance(item, Tensor) else item for item in self.batch)
-        loss = self.rule.batch_loss(in_full_precision(outputs[counted]), batch)
-        return loss * (int(counted.sum()) * self.share.weight / self.share.num_samples)
+        batch = tuple(item[rows[looked_at]] if isinstance(item, Tensor) else item for item in self.batch)
+        loss = self.rule.batch_loss(in_full_precision(outputs[looked_at]), batch)
+        num_samples = min(self.share.num_samples, int(looked_at.sum()))
+        self.found[int(rows[0])] = summed(loss, num_samples), not isinstance(loss, Tensor)
+        return self.rule.part_of_mean(loss, self.share, num_samples)
+
+    def total(self) -> tuple[LossSum, bool]:
+        """The loss of the share, and whether it is a sum."""
+        sums = [found for found, _ in self.found.values()]
+        counts = float(self.share is not None and self.share.num_samples > 0)
+        total, weight = (torch.stack(values).sum().cpu() * counts for values in zip(*sums))
+        return LossSum(total, weight), any(is_sum for _, is_sum in self.found.values())
 
 
 def pp(
@@ -93,15 +104,15 @@ def pp(
         filled = (inputs[rows.clamp(max=len(inputs) - 1)],) if is_first else ()
         return call(*filled, target=rows if is_last else None, **options)
 
-    def backward(batch: Batch, share: Share, rule: LossRule) -> Tensor:
-        current.batch, current.share, current.rule = batch, share, rule
-        losses: list[Tensor] = []
+    def backward(batch: Batch, share: Share, rule: LossRule) -> LossSum:
+        current.batch, current.share, current.rule, current.found = batch, share, rule, {}
         with rule.autocast:
-            run(batch[0], schedule.step, losses=losses)
+            run(batch[0], schedule.step)
         current.rule = None
-        weighted = torch.stack(losses).sum().detach() if is_last else None
-        loss: Tensor = from_worker(line.size - 1, weighted, world=line)
-        return loss / share.weight if share.weight else loss
+        found, is_sum = from_worker(line.size - 1, current.total() if is_last else None, world=line)
+        loss = LossSum(*(value.to(world.device) for value in found))
+        rule.weigh(loss, share, is_sum=is_sum)
+        return loss
 
     @torch.no_grad()
     def outputs(inputs: Tensor) -> Tensor:

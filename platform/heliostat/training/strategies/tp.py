@@ -26,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 from heliostat.errors import SpecError, nearest
 from heliostat.training.batches import Batch, Share
 from heliostat.training.config import TpConfig, TpStyle
-from heliostat.training.losses import LossRule
+from heliostat.training.losses import LossRule, LossSum
 from heliostat.training.strategies.gradients import average_gradients
 from heliostat.training.strategies.parallel import Parallel, Weights, copy_of_part, whole_on_cpu
 from heliostat.training.strategies.tp_attention import (
@@ -70,10 +70,8 @@ def tp(model: nn.Module, config: TpConfig, world: World, sizes: Mapping[str, int
             whole[name] = whole[name].reshape(shape)
         return whole
 
-    def backward(batch: Batch, share: Share, rule: LossRule) -> Tensor:
-        loss = rule.loss(model, batch)
-        rule.backward(loss if share.weight == 1.0 else loss * share.weight)
-        return loss.detach()
+    def backward(batch: Batch, share: Share, rule: LossRule) -> LossSum:
+        return rule.backward(rule.loss(model, batch), share)
 
     return Parallel(
         model,
