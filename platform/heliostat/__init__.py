@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from heliostat.compression.formats import load_model
+    from heliostat.compression.loading import load_model
     from heliostat.core.spec import MetricRef, Pipeline, Resources, Stage, Task, Tracking
     from heliostat.runner import load_pipeline, plan, run
     from heliostat.stages import (
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "heliostat.core.spec": ("MetricRef", "Pipeline", "Resources", "Stage", "Task", "Tracking"),
     "heliostat.runner": ("load_pipeline", "plan", "run"),
-    "heliostat.compression.formats": ("load_model",),
+    "heliostat.compression.loading": ("load_model",),
     "heliostat.stages": (
         "CompressConfig",
         "DistillConfig",

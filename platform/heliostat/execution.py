@@ -20,6 +20,7 @@ from typing import Any, Literal
 from heliostat.core.artifact import Artifact, Record, digest_files, keep_only, read_record, write_record
 from heliostat.core.capacity import NOTHING
 from heliostat.core.carrier import Files, followed, supplied
+from heliostat.core.integrity import damaged
 from heliostat.core.outcome import NodeOutcome, Status, View
 from heliostat.core.plan import Node, Plan, artifact_of, record_of
 from heliostat.core.stage import SHELF, StageContext, StageResult, call_stage
@@ -148,6 +149,7 @@ class Execution:
         reporter = self._reporter(node)
         try:
             node.folder.mkdir(parents=True, exist_ok=True)
+            _drop_damaged(node.folder)
             with self._mirror.following(node.folder, anew=anew) as exchange:
                 record = self._run_stage(node, reporter, exchange)
                 self._history.finished(node, record)
@@ -340,6 +342,13 @@ class Execution:
 
 def _params_used(node: Node) -> Mapping[str, Any]:
     return node.kind.params_used(node.config, {slot: tuple(map(record_of, ups)) for slot, ups in node.inputs.items()})
+
+
+def _drop_damaged(folder: Path) -> None:
+    """A journal with a changed line would be taken for the truth when its search runs again."""
+    record = read_record(folder)
+    for name in damaged(folder, record.files) if record else ():
+        (folder / name).unlink()
 
 
 def _subject(node: Node, artifact: Artifact) -> Subject:

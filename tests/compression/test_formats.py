@@ -121,8 +121,11 @@ def test_a_loaded_model_gives_no_gradients_and_its_outputs_can_be_trained_on(sav
         (lambda f: (f / "model.json").write_text('{"format": "onxx"}'), "did you mean 'onnx'"),
         (lambda f: (f / "weights.pt").unlink(), "weights.pt is missing"),
         (lambda f: (f / "weights.pt").write_bytes(b"PK"), "weights.pt is damaged"),
-        (lambda f: (f / "code" / "nets.py").write_text("raise ValueError('too old')"), "too old"),
-        (lambda f: (f / "code" / "nets.py").write_text("import torch\nConvNet = torch.nn.Identity"), "does not fit"),
+        (lambda f: (f / "code" / "nets.py").write_text("raise ValueError('run')"), "nets.py is damaged or was changed"),
+        (
+            lambda f: (f / "code" / "torch.py").write_text("raise ValueError('run')"),
+            "torch.py is no part of the artifact",
+        ),
     ],
 )
 def test_a_damaged_artifact_is_refused_by_name(saved, damage, text):

@@ -55,13 +55,23 @@ def test_a_model_that_was_cut_short_is_made_again(copy, heliostat):
     public.load_model(node(copy, "onnx"))
 
 
+def test_one_flipped_byte_is_told_by_plan_and_not_loaded(copy, heliostat):
+    weights = node(copy, "train") / "weights.pt"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert to_run(heliostat, copy.file) == {"train": "files of the artifact are damaged: weights.pt"}
+    with pytest.raises(ArtifactError, match=r"weights\.pt is damaged"):
+        public.load_model(node(copy, "train"), trust_code=True)
+
+
 def test_weights_that_were_changed_are_refused(copy):
     weights = node(copy, "train") / "weights.pt"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
     weights.write_bytes(content)
     with pytest.raises(ArtifactError, match=r"weights\.pt is damaged"):
-        public.load_model(node(copy, "train"))
+        public.load_model(node(copy, "train"), trust_code=True)
 
 
 # --- a disk of its own -------------------------------------------------------------------------------

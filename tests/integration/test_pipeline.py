@@ -4,12 +4,14 @@ import json
 import pickle
 import re
 import sqlite3
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import heliostat as public
+from heliostat.compression import formats as internal
 from heliostat.core.artifact import Artifact, Record, read_record
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import StageContext
@@ -151,7 +153,7 @@ folder, data, forbid = sys.argv[1:]
 if forbid == "forbid":
     sys.meta_path.insert(0, Forbidden())
 inputs, targets = torch.load(data, weights_only=True)
-outputs = heliostat.load_model(folder)(inputs)
+outputs = heliostat.load_model(folder, trust_code=forbid == "trust")(inputs)
 print((outputs.argmax(1) == targets).float().mean().item())
 """
 
@@ -168,7 +170,7 @@ def held_out(finished, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("node", "forbid"), [("prune[sparsity=0.5]", ""), ("int8[train]", "forbid"), ("onnx", "forbid")]
+    ("node", "forbid"), [("prune[sparsity=0.5]", "trust"), ("int8[train]", "forbid"), ("onnx", "forbid")]
 )
 def test_a_model_loads_in_a_fresh_process_without_the_users_folder(finished, copy, python, held_out, node, forbid):
     copy.module.unlink()
@@ -180,7 +182,7 @@ def test_a_model_loads_in_a_fresh_process_without_the_users_folder(finished, cop
 def test_a_changed_module_does_not_change_a_finished_model(finished, copy, python, held_out):
     copy.module.write_text("def build_model(width): raise SystemExit('not this one')\n")
     folder = copy.folder / finished.path("train").relative_to(finished.folder)
-    accuracy = float(python(USE, folder, held_out, ""))
+    accuracy = float(python(USE, folder, held_out, "trust"))
     assert accuracy == pytest.approx(finished.record("train")["metrics"]["test_accuracy"], abs=1e-6)
 
 
@@ -192,15 +194,16 @@ class Malicious:
         return Path.touch, (self.marker,)
 
 
-def test_loading_never_unpickles(finished, copy, tmp_path):
+def test_loading_never_unpickles_weights(finished, copy, tmp_path):
     folder = copy.folder / finished.path("train").relative_to(finished.folder)
     marker = tmp_path / "executed"
     torch.save({"0.weight": Malicious(marker)}, folder / "weights.pt")
-    with pytest.raises(ArtifactError, match=r"weights\.pt"):
-        public.load_model(folder)
+    for load in (partial(public.load_model, trust_code=True), internal.load_model):
+        with pytest.raises(ArtifactError, match=r"weights\.pt"):
+            load(folder)
     (folder / "weights.pt").write_bytes(pickle.dumps(Malicious(marker)))
     with pytest.raises(ArtifactError, match=r"weights\.pt"):
-        public.load_model(folder)
+        internal.load_model(folder)
     assert not marker.exists()
 
 
@@ -310,7 +313,7 @@ def test_the_chosen_model_loads_from_mlflow_and_predicts_the_same(finished, mlfl
     runs, _ = tree
     inputs, _ = torch.load(held_out, weights_only=True)
     loaded = mlflow.pyfunc.load_model(f"runs:/{runs['best'].info.run_id}/model")
-    ours = public.load_model(finished.path("best"))(inputs)
+    ours = public.load_model(finished.path("best"), trust_code=True)(inputs)
     torch.testing.assert_close(torch.as_tensor(loaded.predict(inputs.numpy())), ours, rtol=0, atol=1e-6)
 
 

@@ -135,7 +135,7 @@ def test_the_model_is_on_the_server_too(away, delivered):
     batch = torch.zeros(4, 8)
     loaded = mlflow.pyfunc.load_model(f"runs:/{runs['best'].info.run_id}/model")
     predicted = torch.as_tensor(loaded.predict(batch.numpy()))
-    torch.testing.assert_close(predicted, public.load_model(folder)(batch), rtol=0, atol=1e-6)
+    torch.testing.assert_close(predicted, public.load_model(folder, trust_code=True)(batch), rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow

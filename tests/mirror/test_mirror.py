@@ -251,3 +251,35 @@ def test_a_store_in_a_folder_has_no_mirror(machine, tmp_path):
     store, mirror = machine("a", storage=str(tmp_path / "store"))
     assert store == tmp_path / "store"
     assert isinstance(mirror, mirrors.NoMirror)
+
+
+def test_a_file_that_was_damaged_here_is_fetched_again(machine, s3):
+    store, mirror = machine("a")
+    folder = make_node(store, model="weights")
+    mirror.send(folder)
+    (folder / "model").write_text("weighst")
+    there = mirror.look("toy")
+    assert find_artifact(folder) is None
+    assert find_artifact(folder, elsewhere=there) is not None
+    mirror.fetch(folder)
+    assert (folder / "model").read_text() == "weights"
+
+
+@pytest.mark.parametrize("key", ["toy/../../outside", "toy//tmp/outside"])
+def test_an_object_whose_key_leads_out_of_the_store_is_refused(machine, s3, key):
+    _, mirror = machine("a")
+    s3.client.put_object(Bucket="models", Key=f"team/{key}", Body=b"x")
+    with pytest.raises(ArtifactError, match="is not the name of a file below that folder"):
+        mirror.look("toy")
+
+
+def test_a_record_in_the_bucket_whose_names_lead_out_of_its_folder_is_refused(machine, s3, tmp_path):
+    store, mirror = machine("a")
+    folder = make_node(store, model="weights")
+    mirror.send(folder)
+    text = (folder / RECORD).read_text().replace('"model": {', '"../../../../precious": {')
+    s3.client.put_object(Bucket="models", Key=f"team/{NODE}/{RECORD}", Body=text.encode())
+    (store.parent / "precious").write_text("x")
+    _, mirror = machine("b")
+    with pytest.raises(ArtifactError, match="precious' is not the name of a file"):
+        mirror.look("toy")

@@ -156,3 +156,15 @@ def test_fine_tuning_learns_from_the_uncompressed_model(bench, trained, explore,
     with pytest.raises(ZeroDivisionError):
         explore(pruned_then("static"), PRUNE, INT8)
     assert taught == [("train", "prune")]
+
+
+def test_a_shared_model_that_was_damaged_on_the_shelf_is_made_again(explore, made):
+    explore(pruned_then("static"), PRUNE, INT8)
+    explore(pruned_then("dynamic"), PRUNE, INT8)
+    assert made == ["prune", "quantize", "quantize"]
+    (weights,) = explore.shelf.glob("*/weights.pt")
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    explore(pruned_then("static"), PRUNE, INT8)
+    assert made[3:] == ["prune"]

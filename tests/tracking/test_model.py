@@ -13,7 +13,7 @@ from heliostat.tracking.tracker import Tracker
 quiet.silence()
 
 
-def load_toy(folder):
+def load_toy(folder, *, trust_code):
     """A model folder with one number in it: the model multiplies each pixel's row sum by that number."""
     factor = float((folder / "factor.txt").read_text())
     return lambda batch: batch.flatten(1).sum(1, keepdim=True) * factor

@@ -6,14 +6,15 @@
     tflite  model.json, model.tflite         run by LiteRT; one row at a time
     pte     model.json, model.pte            run by ExecuTorch; one row at a time
 
-`load_model` gives the same callable for each: a batch in, the outputs out. Loading a torch model never unpickles
-arbitrary objects: it is built by calling its constructor and loading tensors into it. The constructor's source travels
-in `code/` and is imported from there, so that the artifact keeps working whatever becomes of the user's folder.
+`load_model` gives the same callable for each: a batch in, the outputs out. It trusts the artifact, as a run trusts what
+it made; for those of others there is `compression.loading.load_model`. A torch artifact is code: its constructor, whose
+source travels in `code/` and is imported from there, is called by name, so that it works whatever becomes of the user's
+folder. Its weights are read without unpickling other objects. A `.pt2` is unpickled by torch. The others run no code.
 """
 
 import json
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from torch import Tensor, nn
 from heliostat.compression.history import replay
 from heliostat.compression.macs import num_macs
 from heliostat.compression.runtimes import Run, RunOn, on_torch_threads, run_onnx, run_pt2, run_pte, run_tflite
+from heliostat.core.carrier import Files
 from heliostat.core.imports import call_isolated
+from heliostat.core.integrity import check_files, digest_of, verify
 from heliostat.core.state import map_state
 from heliostat.errors import ArtifactError, HeliostatError, nearest
 
@@ -56,6 +59,8 @@ class Format:
 
     deployed: tuple[str, ...]
     run_on: Callable[[Path, Mapping[str, Any]], RunOn]
+    why_code: str | None = None
+    """What loading runs that is the artifact's own; None where it is read as data."""
 
 
 # --- any format -----------------------------------------------------------------------------------------------------
@@ -69,11 +74,14 @@ def load_model(path: Path | str) -> Model:
     """
     folder = Path(path)
     record = read_record(folder)
+    dtype = getattr(torch, record["input"]["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ArtifactError(f"{folder / 'model.json'}: {record['input']['dtype']!r} is no dtype of torch")
     run_on = FORMATS[record["format"]].run_on(folder, record)
     return Model(
         format=record["format"],
         input_shape=tuple(record["input"]["shape"]),
-        input_dtype=getattr(torch, record["input"]["dtype"]),
+        input_dtype=dtype,
         _run_on=run_on,
         _run=run_on(torch.get_num_threads()),
     )
@@ -89,6 +97,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         name = record["format"]
+        check_files(record.get("files", {}), place=str(file))
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{file} is damaged: {type(error).__name__}: {error}") from error
     if name not in FORMATS:
@@ -104,9 +113,12 @@ def deployed_files(folder: Path) -> list[Path]:
     return [folder / name for name in FORMATS[read_record(folder)["format"]].deployed]
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write `model.json`."""
-    (folder / "model.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+def write_record(folder: Path, record: Mapping[str, Any], *, code: Iterable[str] = ()) -> None:
+    """Write `model.json`, last: it has the digests of the deployed files and of those of `code`."""
+    names = [*FORMATS[record["format"]].deployed, *code]
+    files = {name: digest_of(folder / name) for name in names}
+    text = json.dumps({**record, "files": files}, indent=2)
+    (folder / "model.json").write_text(text + "\n", encoding="utf-8")
 
 
 def describe_input(example: Tensor) -> dict[str, Any]:
@@ -157,8 +169,9 @@ def save_torch(
         "quantization": None if quantization is None else dict(quantization),
         "train_config": None if train_config is None else dict(train_config),
     }
-    write_record(folder, record)
-    return ["model.json", "weights.pt", *(f"code/{path}" for path in code or {})]
+    sources = [f"code/{path}" for path in code or {}]
+    write_record(folder, record, code=sources)
+    return ["model.json", "weights.pt", *sources]
 
 
 def _compact(tensor: Tensor) -> Tensor:
@@ -173,6 +186,7 @@ def load_torch(folder: Path) -> nn.Module:
     record = read_record(folder)
     if record["format"] != "torch":
         raise ArtifactError(f"the model in {folder} is in the format {record['format']!r}, not a torch model")
+    check_code(folder, record.get("files"))
     try:
         model: nn.Module = call_isolated(record["reference"], folder / "code", record["model_args"])
         replay(model, record["history"])
@@ -187,14 +201,27 @@ def load_torch(folder: Path) -> nn.Module:
     return model.eval()
 
 
+def check_code(folder: Path, files: Files | None) -> None:
+    """Raise ArtifactError unless `code/` is as it was written. None is of old artifacts, which have no digests.
+
+    A file too many counts as well: it may be imported in place of another, and so may bytecode in `__pycache__`.
+    """
+    if files is None:
+        return
+    found = {file.relative_to(folder).as_posix() for file in (folder / "code").rglob("*") if not file.is_dir()}
+    if extra := sorted(found - files.keys()):
+        raise ArtifactError(f"{folder / extra[0]} is no part of the artifact and would run with it; delete it")
+    verify(folder, {name: entry for name, entry in files.items() if name.startswith("code/")})
+
+
 def _run_torch(folder: Path, record: Mapping[str, Any]) -> RunOn:
     return on_torch_threads(load_torch(folder))
 
 
 FORMATS: dict[str, Format] = {
-    "torch": Format(deployed=("weights.pt",), run_on=_run_torch),
+    "torch": Format(deployed=("weights.pt",), run_on=_run_torch, why_code="calls the function that model.json names"),
     "onnx": Format(deployed=("model.onnx",), run_on=run_onnx),
-    "pt2": Format(deployed=("model.pt2",), run_on=run_pt2),
+    "pt2": Format(deployed=("model.pt2",), run_on=run_pt2, why_code="unpickles objects in torch.export.load"),
     "tflite": Format(deployed=("model.tflite",), run_on=run_tflite),
     "pte": Format(deployed=("model.pte",), run_on=run_pte),
 }

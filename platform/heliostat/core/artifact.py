@@ -5,19 +5,21 @@ name and renamed: a record present means done and reusable, a record absent mean
 The speed of a model is measured later than the rest, and then put into its record.
 """
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
+from heliostat.core.integrity import check_files, damaged, digest_of, lacking
 from heliostat.errors import ArtifactError
 
 RECORD = "record.json"
+FORMAT: Final = 1
+"""Of records: raised when an older Heliostat would misread a new one. Records without it are of format 1."""
 COMPLETES = frozenset({RECORD, ".metadata"})
 """Files that tell that all others in their folder are there: of an artifact, and of a checkpoint whose parts several
 workers wrote (torch's name). They are written last, sent last and deleted first."""
@@ -48,6 +50,7 @@ class Record:
     git_commit: str | None = None
     started_at: str = ""
     seconds: float = 0.0
+    format: int = FORMAT
 
 
 @dataclass(frozen=True)
@@ -103,27 +106,37 @@ def read_record(folder: Path) -> Record | None:
 
 
 def parse_record(text: str, *, place: str) -> Record:
-    """The record that the text of a `record.json` is. Raises ArtifactError for a damaged one, naming the place."""
+    """The record that the text of a `record.json` is.
+
+    Raises ArtifactError, naming the place, for a damaged one, one of a newer Heliostat, and one whose files are not
+    below its folder.
+    """
     try:
-        return Record(**json.loads(text))
-    except (ValueError, TypeError) as error:
+        document = json.loads(text)
+        known = {field.name for field in fields(Record)}
+        newer = document.get("format", FORMAT) > FORMAT or document.keys() - known
+        record = None if newer else Record(**document)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{place} is damaged ({error}); delete that folder and run again") from error
+    if record is None:
+        unknown = f", with {', '.join(sorted(document.keys() - known))}" if document.keys() - known else ""
+        raise ArtifactError(
+            f"{place} was written by a newer Heliostat (record format {document.get('format', FORMAT)}{unknown}; this "
+            f"one reads format {FORMAT}); update this one, or use another storage"
+        )
+    check_files(record.files, place=place)
+    return record
 
 
 def find_artifact(folder: Path, *, elsewhere: Mapping[Path, int] = MappingProxyType({})) -> Artifact | None:
-    """The artifact in a node's folder if the node is done and its files are all there at their recorded sizes.
+    """The artifact in a node's folder if the node is done and its files are all there, with their recorded digests.
 
-    `elsewhere` has the sizes of files that can be fetched into the folder.
+    `elsewhere` has the sizes of files that can be fetched into the folder. What is fetched is checked then.
     """
     record = read_record(folder)
-    if record is None:
+    if record is None or lacking(folder, record.files, elsewhere=elsewhere):
         return None
-    for name, entry in record.files.items():
-        file = folder / name
-        here = file.stat().st_size if file.is_file() else None
-        if entry["bytes"] not in (here, elsewhere.get(file)):
-            return None
-    return Artifact(folder, record)
+    return None if damaged(folder, record.files, elsewhere=elsewhere) else Artifact(folder, record)
 
 
 def digest_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -133,8 +146,8 @@ def digest_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]
         path = folder / name
         if not path.is_file():
             raise ArtifactError(f"{path} was announced as part of the artifact, but is not there")
-        with path.open("rb") as file:
-            entries[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": path.stat().st_size}
+        entries[name] = digest_of(path)
+    check_files(entries, place=str(folder))
     return entries
 
 

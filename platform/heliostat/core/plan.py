@@ -18,6 +18,7 @@ from heliostat.core.artifact import Artifact, Record, find_artifact, read_record
 from heliostat.core.capacity import Capacity, amount
 from heliostat.core.carrier import HERE, Carrier
 from heliostat.core.identity import explain_change, fingerprint
+from heliostat.core.integrity import damaged, lacking
 from heliostat.core.model import Spec
 from heliostat.core.paths import set_path, why_not_a_path
 from heliostat.core.spec import Pipeline, Resources, Stage, Task
@@ -336,6 +337,8 @@ class _History:
             started = started or any(path.is_relative_to(node.folder) for path in self._elsewhere)
             return "goes on where it was interrupted" if started else "first run"
         if before.fingerprint == node.fingerprint:
+            if wrong := damaged(node.folder, before.files):
+                return f"files of the artifact are damaged: {', '.join(wrong)}"
             return "files of the artifact are missing or cut short"
         return "; ".join(explain_change(before.identity, node.identity, names=self._names))
 
@@ -352,5 +355,8 @@ def artifact_of(node: Node) -> Artifact:
     """The artifact of a node that is done. Raises ArtifactError when it is not."""
     found = find_artifact(node.folder)
     if found is None:
-        raise ArtifactError(f"{node.name}: no finished artifact in {node.folder}")
+        record = read_record(node.folder)
+        wrong = record and (lacking(node.folder, record.files) or damaged(node.folder, record.files))
+        what = f"missing or damaged: {', '.join(wrong)}; the next run makes them again" if wrong else "no record"
+        raise ArtifactError(f"{node.name}: no finished artifact in {node.folder}: {what}")
     return found

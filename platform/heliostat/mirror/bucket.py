@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 from heliostat.core.artifact import (
     COMPLETES,
     RECORD,
-    digest_files,
     find_artifact,
     parse_record,
     read_record,
     write_record,
 )
 from heliostat.core.carrier import Files
+from heliostat.core.integrity import check_files, check_names, damaged, digest_of, lacking
 from heliostat.errors import ArtifactError, HeliostatError, SpecError
 
 if TYPE_CHECKING:
@@ -84,10 +84,11 @@ class Bucket:
             if find_artifact(folder) is not None:
                 return
             record = read_record(folder)
+            wrong = {*lacking(folder, record.files), *damaged(folder, record.files)} if record else set()
             for path, there in sorted(self._listed(folder), key=_completes_last):
                 name = path.relative_to(folder).as_posix()
                 if record and name in record.files:
-                    if _size(path) != there.size == record.files[name]["bytes"]:
+                    if name in wrong and there.size == record.files[name]["bytes"]:
                         self._fetch_file(path)
                         self._check(path, record.files[name])
                 elif path.name != RECORD and _size(path) < there.size:
@@ -103,11 +104,10 @@ class Bucket:
     def take(self, folder: Path, files: Files) -> None:
         """Have these files here. Raises ArtifactError where one is missing, or is another than its digest tells."""
         with self._fetching:
-            for name, entry in files.items():
-                path = folder / name
-                if _size(path) != entry["bytes"] or digest_files(folder, [name])[name] != entry:
-                    self._fetch_file(path)
-                    self._check(path, entry)
+            check_files(files, place=self._at(folder))
+            for name in (*lacking(folder, files), *damaged(folder, files)):
+                self._fetch_file(folder / name)
+                self._check(folder / name, files[name])
 
     def send(self, *paths: Path) -> None:
         """See Mirror. What was there, and is here no more, goes there too."""
@@ -171,7 +171,7 @@ class Bucket:
 
     def _check(self, path: Path, entry: Mapping[str, object]) -> None:
         """Whether a fetched file is the one whose digest is in its record."""
-        if digest_files(path.parent, [path.name])[path.name] != entry:
+        if digest_of(path) != entry:
             path.unlink()
             stage = path.relative_to(self._folder).parts[1]
             raise ArtifactError(
@@ -192,11 +192,9 @@ class Bucket:
 
         with self._reached(error):
             found = self._bucket.get_file_info(self._below(folder))
-        return [
-            (self._folder / file.path.removeprefix(f"{self._prefix}/"), file)
-            for file in found
-            if file.type == FileType.File
-        ]
+        keys = {file.path.removeprefix(f"{self._prefix}/"): file for file in found if file.type == FileType.File}
+        check_names(keys, place=self._url)
+        return [(self._folder / key, file) for key, file in keys.items()]
 
     def _below(self, folder: Path) -> "FileSelector":
         from pyarrow.fs import FileSelector

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from heliostat.core.integrity import check_names
 from heliostat.core.objective import Objectives
 
 Status = Literal["done", "stopped", "failed"]
@@ -145,6 +146,7 @@ def _complete_part(content: bytes) -> bytes:
 def _decode(line: dict[str, Any]) -> Event:
     fields = {name: value for name, value in line.items() if name not in ("event", "spent_s")}
     kind = _KINDS[line["event"]]
+    check_names([fields["id"]], place="a journal, trial")
     if kind is Reported:
         fields["rows"] = [(epoch, metrics) for epoch, metrics in fields["rows"]]
     event: Event = kind(**fields)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from heliostat.core.artifact import Artifact, Record
 from heliostat.core.capacity import Need
+from heliostat.core.integrity import check_names
 from heliostat.core.objective import Mode, Objective, Objectives
 from heliostat.core.stage import ConfigView, StageContext, StageResult, stage
 from heliostat.errors import StageError
@@ -259,8 +260,10 @@ def _keep(context: StageContext, trial: "TrialRecord", links: Sequence[Link]) ->
     made = context.shelf / links[-1].digest
     outcome = json.loads((made / MADE).read_text(encoding="utf-8"))
     folder = f"front/{trial.id}"
-    _copy(made, outcome["files"], context.folder / folder)
-    return _Kept(folder, outcome["files"], outcome["params"], links[-1])
+    files = list(outcome["files"])
+    check_names(files, place=str(made / MADE))
+    _copy(made, files, context.folder / folder)
+    return _Kept(folder, files, outcome["params"], links[-1])
 
 
 def _copy(source: Path, names: Sequence[str], target: Path) -> None:

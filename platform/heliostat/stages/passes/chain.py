@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.compression.formats import load_model
-from heliostat.core.artifact import Artifact, keep_only, write_json
+from heliostat.core.artifact import Artifact, digest_files, keep_only, write_json
+from heliostat.core.integrity import changed, check_names, lacking
 from heliostat.core.spec import Task
 from heliostat.errors import HeliostatError, StageError
 from heliostat.runtime.gate import Gate
@@ -86,7 +87,7 @@ def make_chain(links: Sequence[Link], start: Made, *, shop: Workshop, gate: Gate
     for link in links:
         folder = shop.folder / link.digest
         with _held(shop.folder / f"{link.digest}.lock", gate):
-            if not (folder / MADE).exists():
+            if not _is_made(folder):
                 _make(link, made, replace(shop, folder=folder, recipe=recipe_of(made.params)))
         outcome = json.loads((folder / MADE).read_text(encoding="utf-8"))
         if "failed" in outcome:
@@ -94,6 +95,15 @@ def make_chain(links: Sequence[Link], start: Made, *, shop: Workshop, gate: Gate
         made = Made(link.uses, folder, outcome["params"])
         gate.give_way()
     return made
+
+
+def _is_made(folder: Path) -> bool:
+    """Whether the model is there as it was made. One that was damaged since is made again."""
+    if not (folder / MADE).exists():
+        return False
+    files = json.loads((folder / MADE).read_text(encoding="utf-8")).get("files", {})
+    check_names(files, place=str(folder / MADE))
+    return isinstance(files, list) or not (lacking(folder, files) or changed(folder, files))  # old ones have no digests
 
 
 @contextmanager
@@ -116,7 +126,7 @@ def _make(link: Link, source: Made, shop: Workshop) -> None:
     else:
         keep_only(shop.folder, result.files)
         outcome = {
-            "files": list(result.files),
+            "files": digest_files(shop.folder, result.files),
             "params": dict(result.params or source.params),
             "details": dict(result.details),
         }

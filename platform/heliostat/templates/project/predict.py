@@ -6,7 +6,7 @@ from task import build_data
 
 import heliostat
 
-model = heliostat.load_model(sys.argv[1])
+model = heliostat.load_model(sys.argv[1], trust_code=True)  # of this project; a torch model of others runs their code
 inputs, targets = build_data()["test"][:8]
 print("predicted:", model(inputs).argmax(dim=1).tolist())
 print("true:     ", targets.tolist())
