@@ -374,7 +374,7 @@ def test_a_monitor_that_nothing_reports_names_the_nearest(
 def test_samples_must_be_tuples(objective: Objective, new_model: NewModel) -> None:
     samples = [{"inputs": torch.zeros(8), "label": 0}] * 4
     data: Any = {"train": samples, "val": samples}
-    with pytest.raises(StageError, match=r"a sample must be a tuple .* gives dict"):
+    with pytest.raises(StageError, match=r"inputs: float32 \(8,\), label: int.*must be a tuple"):
         fit(new_model(), data, TrainConfig(epochs=1), objective=objective, seed=1)
 
 

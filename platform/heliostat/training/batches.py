@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from heliostat.errors import StageError
 from heliostat.training.seeding import derive_seed
+from heliostat.training.structure import collate
 from heliostat.training.world import World
 
 Batch = tuple[Any, ...]
@@ -125,7 +126,8 @@ def load_batches(
     batches: Iterable[Batch]
     if whole is None:
         # A generator of its own: a DataLoader would draw from the global one, and shift the dropout masks after it.
-        loader = DataLoader(dataset, batch_sampler=[s.indices.tolist() for s in shares], generator=torch.Generator())
+        indices = [share.indices.tolist() for share in shares]
+        loader = DataLoader(dataset, batch_sampler=indices, generator=torch.Generator(), collate_fn=collate)
         batches = (_as_tuple(batch) for batch in loader)
     else:
         tensors, index_map = whole
@@ -222,7 +224,7 @@ def _stream_batches(
                 stream = chain(following, stream)
         indices = torch.arange(len(samples))
         for share in shares_of(indices, world=world, accumulate_steps=accumulate_steps, min_rows=min_rows):
-            batch = _as_tuple(default_collate([samples[index] for index in share.indices.tolist()]))
+            batch = _as_tuple(collate([samples[index] for index in share.indices.tolist()]))
             yield share, tuple(item.to(device) if isinstance(item, Tensor) else item for item in batch)
 
 

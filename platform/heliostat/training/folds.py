@@ -19,6 +19,7 @@ from heliostat.core.spec import Task
 from heliostat.errors import StageError
 from heliostat.training.batches import whole_tensors
 from heliostat.training.config import TrainConfig
+from heliostat.training.first_batch import check_samples
 from heliostat.training.loop import Epochs, Fit, OnEpoch, train_epochs
 from heliostat.training.phases import TIMES
 from heliostat.training.progress import is_better
@@ -71,6 +72,7 @@ def cut_folds(data: Data, *, folds: int, seed: int) -> list[Data]:
         raise StageError("folds are cut from a `train` split that can be indexed, and this one is a stream")
     if len(whole) < folds:  # type: ignore[arg-type]
         raise StageError(f"{len(whole)} training samples cannot be cut into {folds} folds")  # type: ignore[arg-type]
+    check_samples(data)
     fold_of = assign_folds(classes_of(whole), folds=folds, seed=seed)
     return [
         {"train": Subset(whole, _indices(fold_of != fold)), "val": Subset(whole, _indices(fold_of == fold))}

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -20,6 +21,7 @@ from heliostat.training.batches import Batch, epoch_batches, first_rows, first_s
 from heliostat.training.checkpoints import Checkpoints
 from heliostat.training.config import TrainConfig
 from heliostat.training.evaluation import evaluate
+from heliostat.training.first_batch import check_outputs, check_samples
 from heliostat.training.layout import SAMPLES, Layout, choose_layout
 from heliostat.training.leftover import find_min_rows
 from heliostat.training.losses import BatchLoss, LossMeter, LossRule
@@ -106,6 +108,7 @@ def train_epochs(
     world = world or World()
     monitor, mode = objective.monitor(config)
     require_plain_state(model)
+    check_samples(data)
     rule = LossRule(
         batch_loss or (lambda outputs, batch: objective.part_of_loss(outputs, batch[1])),
         train_step=objective.train_step if batch_loss is None else None,
@@ -136,6 +139,13 @@ def train_epochs(
     parallel = parallelize(model, config.strategy, world, batch_size=config.batch_size, example=lambda: example()[0])
     steps_per_epoch = config.steps_per_epoch or num_steps(data["train"], config.batch_size, min_rows=least.rows)
     trainee = start_training(parallel, rule, config, steps_per_epoch=steps_per_epoch, mode=mode)
+
+    parallel.module.eval()
+    with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
+        layout.attempt(
+            lambda: check_outputs(parallel.outputs, data["val"], objective, world=parallel.data),
+            optimizer=trainee.optimizer,
+        )
 
     progress, best_state = take_up(trainee, checkpoints, world=world)
     is_over = config.gives_up(progress.epoch, best_epoch=progress.best_epoch)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from heliostat.errors import StageError
 from heliostat.training.batches import Batch, Share
+from heliostat.training.structure import require_loss, require_outputs
 from heliostat.training.world import World, sum_over_workers
 
 Loss = Tensor | tuple[Tensor, Tensor | float]
@@ -95,9 +96,14 @@ class LossRule:
         """The loss of a batch."""
         with self.autocast:
             if self._train_step is not None:
-                return self._train_step(model, batch)
+                loss = self._train_step(model, batch)
+                require_loss(loss, place="task.train_step")
+                return loss
             outputs = model(batch[0])
-        return self.batch_loss(in_full_precision(outputs), batch)
+        require_outputs(outputs, batch[0])
+        loss = self.batch_loss(in_full_precision(outputs), batch)
+        require_loss(loss)
+        return loss
 
     def backward(self, loss: Loss, share: Share) -> LossSum:
         """Add a share's part of the gradient, scaled where the precision needs it; the loss, to be added up."""

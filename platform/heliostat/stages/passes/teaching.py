@@ -21,6 +21,7 @@ from heliostat.stages.finetuning import SoftTargets
 from heliostat.stages.models import torch_model
 from heliostat.stages.passes.workshop import Source, Workshop
 from heliostat.training.batches import Batch, first_rows
+from heliostat.training.first_batch import check_samples
 from heliostat.training.task import Data, build_objective
 
 BATCH_SIZE = 256
@@ -68,6 +69,7 @@ def taught_by(
         return
     if settings.features and len(teachers) > 1:
         raise StageError(f"features: layers are matched with those of one teacher, not of {len(teachers)}")
+    check_samples(shop.data)
     loss = build_objective(shop.task).mean_loss
     names = ", ".join(teacher.node for teacher in teachers)
     model = torch_model(teachers[0]) if settings.features else None
