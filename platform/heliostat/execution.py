@@ -27,6 +27,7 @@ from heliostat.core.stage import SHELF, StageContext, StageResult, call_stage
 from heliostat.errors import ArtifactError, HeliostatError, StageError
 from heliostat.history import History, NodeReporter
 from heliostat.mirror import Exchange, Mirror
+from heliostat.stages.falls import falls_of
 from heliostat.stages.measure import Speed, Subject, call_example, measure_quality, measure_speeds, timed
 
 POLL_S = 0.2
@@ -191,6 +192,9 @@ class Execution:
             quality, measuring_s = self._task(node, *call, needed={node.folder: files})
             metrics |= quality
             seconds += measuring_s
+            for warning in falls_of(node, context.inputs, metrics, result.details, modes=pipeline.task.metric_modes):
+                reporter.warn(warning)
+        warnings = list(dict.fromkeys([*result.details.get("warnings", ()), *reporter.warnings]))
         keep_only(node.folder, result.files)
         return Record(
             kind=node.kind.output,
@@ -202,7 +206,7 @@ class Execution:
             identity=node.identity,
             metrics=metrics,
             params=result.params,
-            details={**result.details, "warnings": reporter.warnings} if reporter.warnings else result.details,
+            details={**result.details, "warnings": warnings} if warnings else result.details,
             inputs={
                 slot: [{"node": n.name, "fingerprint": n.fingerprint} for n in nodes]
                 for slot, nodes in node.inputs.items()

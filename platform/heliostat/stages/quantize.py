@@ -81,12 +81,14 @@ class QuantizeConfig(FineTuning):
     reduce_range: Flag = True
     """7-bit weights: exact where int8 products saturate (AVX2 without VNNI); `false` where they do not."""
     max_drop: dict[str, NonNegative] = Field(default_factory=dict)
-    """Layers stay in float, the most sensitive first, until the metrics of `val` drop by no more than this."""
+    """By how much the metrics of `val` may drop. Until they keep to it, other ranges, layers in float and `dynamic` are
+    tried."""
     bits: Literal[4, 8] = 8
     group_size: Literal[16, 32, 64, 128, 256] = 32
     """So many weights in a row share a scale."""
     skip: tuple[str, ...] = ()
-    """Patterns of names of layers that stay in float: of the ONNX graph, such as `/head/*`; torch's for the others."""
+    """Patterns of names of layers that stay in float: of the ONNX graph, such as `/head/*`, or the full name of any
+    other node of it, such as `/Concat`; torch's for the others."""
     finetune_epochs: NonNegativeInt = 3
     """Of `qat`."""
 
@@ -156,7 +158,7 @@ def _params_used(config: QuantizeConfig, inputs: Mapping[str, Sequence[Record]])
     "quantize",
     inputs={"model": "model"},
     output="model",
-    version=2,
+    version=3,
     measured="later",
     workload=_workload,
     check=_check,

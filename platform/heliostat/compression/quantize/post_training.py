@@ -212,8 +212,17 @@ def _layers(file: Path) -> list[str]:
 
 
 def _matching(file: Path, skip: Sequence[str]) -> list[str]:
-    layers = _layers(file) if skip else []
-    return [name for pattern in skip for name in names_matching(layers, pattern, option="skip")]
+    """The nodes that the patterns name: layers with weights, and by its full name any other."""
+    if not skip:
+        return []
+    import onnx
+
+    layers, others = _layers(file), {node.name for node in onnx.load(file).graph.node}
+    return [
+        name
+        for pattern in skip
+        for name in ([pattern] if pattern in others else names_matching(layers, pattern, option="skip"))
+    ]
 
 
 def _finish(target: Path, record: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:

@@ -1,8 +1,7 @@
 """The pass of `quantize`: by way of a file in float that a backend quantizes, or in torch by torchao."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,17 +12,15 @@ from torch import Tensor, nn
 from heliostat.compression.formats import load_model
 from heliostat.compression.quantize.aware import attach, detach
 from heliostat.compression.quantize.eager import quantize_linear
-from heliostat.compression.quantize.sensitivity import Drops, Mix, mix_precision
 from heliostat.compression.verdict import has_int8_instructions
 from heliostat.core.stage import StageResult
 from heliostat.stages.models import describe, torch_model
+from heliostat.stages.passes.mixing import inspect, within_max_drop
 from heliostat.stages.passes.quantizers import TOOLS, Job
 from heliostat.stages.passes.teaching import taught_by
-from heliostat.stages.passes.workshop import PARITY_SAMPLES, Source, Workshop, files_in, write_files
+from heliostat.stages.passes.workshop import PARITY_SAMPLES, Source, Workshop
 from heliostat.stages.quantize import BACKENDS, QuantizeConfig
-from heliostat.training.evaluation import evaluate
 from heliostat.training.loop import Fit
-from heliostat.training.task import build_objective
 
 CALIBRATION_BATCH_SIZE = 64
 
@@ -51,6 +48,8 @@ def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> St
         else:
             files, found = _calibrated(shop, exact, config)
             details |= found
+    if errors := inspect(shop.folder, shop):
+        details["rounding_errors"] = [asdict(error) for error in errors]
     details |= {
         "quantization": describe(shop.folder)["quantization"],
         "parity": {"source": shop.parity(load_model(source.folder), against=source.node)},
@@ -64,62 +63,14 @@ def _calibrated(shop: Workshop, exact: Path, config: QuantizeConfig) -> tuple[li
     tool = TOOLS[config.backend]
     if not config.max_drop:
         return tool.static(Job(exact, shop.folder, shop, config, config.skip, calibration)), {}
-    mix = _mix(shop, exact, config, calibration)
-    found: dict[str, Any] = {"mixed_precision": {"left_in_float": list(mix.left_in_float), "drops": mix.drops}}
-    if mix.alone:
-        found["sensitivity"] = [
-            {"layer": layer, **{f"{metric}_drop": drop for metric, drop in drops.items()}}
-            for layer, drops in mix.alone.items()
-        ]
-    skip = [*config.skip, *mix.left_in_float]
-    return tool.static(Job(exact, shop.folder, shop, config, skip, calibration)), found
+    found = within_max_drop(shop, exact, config, calibration)
+    return found.attempt.quantize(exact, shop.folder, shop, calibration), dict(found.details)
 
 
 def _equal_batches(rows: Tensor) -> Sequence[Tensor]:
     """All rows but for a few at the end: ONNX Runtime's histograms take batches of one size."""
     size = len(rows) // -(-len(rows) // CALIBRATION_BATCH_SIZE)
     return [batch for batch in torch.split(rows, size) if len(batch) == size]
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What every mix of int8 and float is made of."""
-
-    shop: Workshop
-    files: Mapping[str, bytes]
-    """Of the artifact in float."""
-    calibration: Sequence[Tensor]
-    config: QuantizeConfig
-
-
-def _mix(shop: Workshop, exact: Path, config: QuantizeConfig, calibration: Sequence[Tensor]) -> Mix:
-    """Which layers have to stay in float for validation to drop by no more than `max_drop`."""
-    objective = build_objective(shop.task)
-    before = evaluate(load_model(exact), shop.data["val"], objective, split="val")
-    given = _Given(shop.portable, files_in(exact), calibration, config)
-
-    def drops_with(mixes: Sequence[Sequence[str]]) -> list[Drops]:
-        signs = {metric: 1 if objective.mode(metric) == "max" else -1 for metric in config.max_drop}
-        return [
-            {metric: sign * (before[metric] - after[metric]) for metric, sign in signs.items()}
-            for after in shop.side_by_side(_mixed_figures, given, mixes)
-        ]
-
-    every = TOOLS[config.backend].layers_of(exact)
-    layers = [name for name in every if not any(fnmatchcase(name, pattern) for pattern in config.skip)]
-    return mix_precision(layers, drops_with, max_drop=config.max_drop)
-
-
-def _mixed_figures(given: _Given, left_in_float: Sequence[str]) -> dict[str, float]:
-    """The figures of `val` with these layers in float and all others in int8."""
-    with TemporaryDirectory(prefix="heliostat-") as scratch:
-        exact, mixed = Path(scratch, "float"), Path(scratch, "mixed")
-        write_files(given.files, exact)
-        skip = [*given.config.skip, *left_in_float]
-        job = Job(exact, mixed, given.shop, given.config, skip, given.calibration)
-        TOOLS[given.config.backend].static(job)
-        objective = build_objective(given.shop.task)
-        return evaluate(load_model(mixed), given.shop.data["val"], objective, split="val")
 
 
 def _aware(shop: Workshop, source: Source, config: QuantizeConfig) -> tuple[nn.Module, Fit, dict[str, Any]]:
