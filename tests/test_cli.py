@@ -4,11 +4,12 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from heliostat.core.artifact import Record, write_record
+from heliostat.core.artifact import Record, read_record, records, write_record
 from heliostat.report.runs import write_run
 
 COMMANDS = ["run", "plan", "runs", "show", "ui", "submit", "sync", "doctor", "init", "cluster"]
@@ -158,8 +159,31 @@ def test_runs_lists_what_happened(store, heliostat):
     assert [run["run"] for run in json.loads(heliostat("runs", "--json").stdout)] == ["toy-20240101-000000"]
 
 
-def test_an_empty_store_has_no_runs(heliostat):
-    assert json.loads(heliostat("runs", "--json").stdout) == []
+@pytest.mark.parametrize("arguments", [["runs"], ["runs", "--json"], ["show", "train"], ["ui"], ["sync"]])
+def test_a_command_that_reads_a_store_in_the_wrong_folder_ends_with_2_and_names_the_nearest_store(
+    store, heliostat, arguments
+):
+    (store.parent / "project").mkdir()
+    store.rename(store.parent / "project" / ".heliostat")
+    done = heliostat(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    looked = f"error: --storage .heliostat: {store} is no such folder; try --storage project/.heliostat"
+    assert done.stderr.strip() == looked
+    below = heliostat(*arguments, cwd=store.parent / "project" / ".heliostat" / "toy")
+    assert below.returncode == 2
+    assert f"try --storage {store.parent / 'project' / '.heliostat'}" in below.stderr
+
+
+def test_a_folder_that_is_no_store_is_refused_with_what_to_pass(heliostat, tmp_path):
+    done = heliostat("runs", "--storage", tmp_path)
+    assert done.returncode == 2
+    assert f"error: --storage {tmp_path}: {tmp_path} is not a store: no run has written here; go to" in done.stderr
+
+
+def test_a_store_without_runs_yet_has_none(heliostat, tmp_path):
+    (tmp_path / ".heliostat" / "runs").mkdir(parents=True)
+    done = heliostat("runs", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, [])
 
 
 def test_show_tells_a_run_with_its_nodes(store, heliostat):
@@ -198,10 +222,20 @@ def test_show_of_what_is_not_there_ends_with_2_and_the_nearest_name(store, helio
     assert "has no run or node 'trian'; did you mean 'train'?" in done.stderr
 
 
-def test_ui_of_a_store_without_history_ends_with_2(heliostat):
+def test_show_knows_no_copies_of_records_among_the_artifacts_of_mlflow(store, heliostat):
+    copy = store / "mlartifacts" / "0123456789abcdef" / "artifacts"
+    copy.mkdir(parents=True)
+    written = read_record(store / "toy" / "train" / "aaaa1111bbbb2222")
+    write_record(copy, replace(written, started_at="2024-01-02T00:00:00+00:00"))
+    assert [folder.name for folder, _ in records(store)] == ["aaaa1111bbbb2222"]
+    assert json.loads(heliostat("show", "train", "--json").stdout)["path"] == ".heliostat/toy/train/aaaa1111bbbb2222"
+    assert heliostat("show", copy).returncode == 2
+
+
+def test_ui_of_a_store_without_history_ends_with_2(store, heliostat):
     done = heliostat("ui")
     assert done.returncode == 2
-    assert "no run has been tracked here yet" in done.stderr
+    assert "no run of this store is tracked in it (mlflow.db is missing)" in done.stderr
 
 
 # --- init ------------------------------------------------------------------------------------------

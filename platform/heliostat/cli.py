@@ -4,7 +4,6 @@ Heavy modules are imported by the command that needs them, so that `--help` answ
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from heliostat.core.commands import command, note_given, run_again, with_store
 from heliostat.errors import HeliostatError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Run a pipeline: what is done is reused, what was interrupted goes on."""
+    note_given(file, settings, address=address, force=force)
     if trial is not None:
         _run_trial(file, trial, settings=settings or (), address=address, force=force or (), as_json=as_json)
         return
@@ -101,7 +102,7 @@ def run(
     if as_json:
         _print_json(run_document(result))
     else:
-        _show_result(result, file, pipeline.task.metrics[0].name if pipeline.task.metrics else None)
+        _show_result(result, pipeline.task.metrics[0].name if pipeline.task.metrics else None)
     raise typer.Exit({"done": 0, "failed": 1, "interrupted": INTERRUPTED}[result.status])
 
 
@@ -124,7 +125,7 @@ def _run_trial(
         _console().print(rerun_table(rerun))
 
 
-def _show_result(result: "RunResult", file: Path, metric: str | None) -> None:
+def _show_result(result: "RunResult", metric: str | None) -> None:
     from heliostat.core.artifact import read_record
     from heliostat.report.text import candidates_table
 
@@ -141,30 +142,18 @@ def _show_result(result: "RunResult", file: Path, metric: str | None) -> None:
     if result.status == "interrupted":
         kept = sum(node.status in {"ran", "reused"} for node in result.nodes)
         console.print(f"interrupted: {kept} of {len(result.nodes)} nodes are done and kept, and so are finished trials")
-        console.print(f"go on: {_command()} run {file}", markup=False, soft_wrap=True)
+        console.print(f"resume with: {run_again()}", markup=False, soft_wrap=True, highlight=False)
     elif result.status == "failed":
-        console.print(f"mend it, then: {_command()} run {file}", markup=False, soft_wrap=True)
+        console.print(f"fix it, then run: {run_again()}", markup=False, soft_wrap=True, highlight=False)
     else:
         console.print(f"next: {_next_line(result)}", markup=False, soft_wrap=True, highlight=False)
-
-
-def _command() -> str:
-    """How this command was reached: by name, or by its path in a virtual environment that is not active."""
-    script = Path(sys.argv[0])
-    if os.environ.get("VIRTUAL_ENV") == sys.prefix or script.name != "heliostat" or not script.is_absolute():
-        return "heliostat"
-    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
 
 
 def _next_line(result: "RunResult") -> str:
     uri = result.tracking["uri"] or ""
     if uri.startswith("http"):
         return f"open {uri} and review the experiment {result.tracking['experiment']!r}"
-    store = result.nodes[0].path.parents[2]
-    try:
-        return f"{_command()} ui --storage {store.relative_to(Path.cwd())}"
-    except ValueError:
-        return f"{_command()} ui --storage {store}"
+    return with_store("ui", result.nodes[0].path.parents[2])
 
 
 @app.command()
@@ -174,6 +163,7 @@ def plan(file: File, settings: Settings = None, force: Force = None, as_json: As
     from heliostat.errors import ResourceError
     from heliostat.report.documents import plan_document
 
+    note_given(file, settings, force=force)
     with _only_the_answer_on_stdout(as_json):
         planned = runner.plan(runner.load_pipeline(file, settings=settings or ()), force=force or ())
     why_not: ResourceError | None = None
@@ -214,9 +204,10 @@ def _show_plan(planned: "Plan") -> None:
 @app.command()
 def runs(storage: Storage = DEFAULT_STORE, as_json: AsJson = False) -> None:
     """List the runs of a store, newest first."""
-    from heliostat.report.runs import read_runs
+    from heliostat.report.runs import check_store, read_runs
     from heliostat.report.text import table_of
 
+    check_store(storage)
     documents = read_runs(storage)
     if as_json:
         _print_json(documents)
@@ -239,9 +230,10 @@ def show(
     """Show one run, or one node: its metrics, parameters, inputs, files, and what its stage found out."""
     from heliostat.report.details import detail_tables
     from heliostat.report.documents import record_document
-    from heliostat.report.runs import find
+    from heliostat.report.runs import check_store, find
     from heliostat.report.text import table_of
 
+    check_store(storage)
     found = find(storage, name)
     document = found if isinstance(found, dict) else record_document(found[1], str(found[0]))
     if as_json:
@@ -271,13 +263,18 @@ def ui(
     import subprocess
 
     from heliostat.errors import SpecError
+    from heliostat.report.runs import check_store
+    from heliostat.tracking import ui as pages
     from heliostat.tracking.quiet import environment
-    from heliostat.tracking.ui import command
 
+    check_store(storage)
     database = (storage / "mlflow.db").resolve()
     if not database.is_file():
-        raise SpecError(f"{storage}: no run has been tracked here yet ({database.name} is missing); see --storage")
-    raise typer.Exit(subprocess.call(command(f"sqlite:///{database}", port=port), env=environment()))
+        raise SpecError(
+            f"--storage {storage}: no run of this store is tracked in it ({database.name} is missing); if its file has "
+            "a tracking.uri, open that"
+        )
+    raise typer.Exit(subprocess.call(pages.command(f"sqlite:///{database}", port=port), env=environment()))
 
 
 @app.command()
@@ -291,6 +288,7 @@ def submit(
     from heliostat.runner import load_pipeline
     from heliostat.runtime import jobs
 
+    note_given(file, settings, address=address)
     load_pipeline(file, settings=settings or ())
     result = jobs.submit(file, address=address, settings=settings or (), follow=follow, echo=typer.echo)
     raise typer.Exit(result.exit_code)
@@ -299,8 +297,10 @@ def submit(
 @app.command()
 def sync(storage: Storage = DEFAULT_STORE) -> None:
     """Send what was spooled while the tracking server was away."""
+    from heliostat.report.runs import check_store
     from heliostat.tracking.replay import replay
 
+    check_store(storage)
     replayed = replay(storage / "spool")
     typer.echo(f"{replayed.delivered} events delivered, {replayed.waiting} still waiting")
     for reason in replayed.reasons:
@@ -337,7 +337,7 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folde
 
     for path in create_project(folder):
         typer.echo(f"wrote {path}")
-    typer.echo(f"next: {_command()} run {folder / 'pipeline.yaml'}")
+    typer.echo(f"next: {command('run', str(folder / 'pipeline.yaml'))}")
 
 
 @cluster_app.command()
@@ -384,7 +384,7 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: nothing that was finished is lost; the same command goes on\n")
+        sys.stderr.write("interrupted: nothing that was finished is lost; the same command resumes\n")
         sys.exit(INTERRUPTED)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from heliostat.core.artifact import Record, artifact_json, read_record, write_record
+from heliostat.core.commands import with_store
 from heliostat.core.imports import own_sources
 from heliostat.core.outcome import NodeOutcome
 from heliostat.core.plan import Node, Plan, record_of
@@ -74,7 +75,9 @@ class History:
         finally:
             waiting = history.close()
             if waiting:
-                note(f"{waiting} tracking events wait in {spool}; `heliostat sync` sends them when the server is back")
+                send = with_store("sync", pipeline.storage_folder)
+                reason = f" ({tracker.why_waiting})" if tracker.why_waiting else ""
+                note(f"{waiting} tracking events wait in {spool}{reason}; once that is over, send them with: {send}")
             if tracker.lost:
                 note(f"{tracker.lost} tracking events are lost: neither {pipeline.tracking_uri} nor {spool} took them")
 

@@ -12,10 +12,12 @@ import heliostat.stages  # noqa: F401 - registers the built-in stages
 from heliostat.core import load
 from heliostat.core.artifact import RECORD, read_record
 from heliostat.core.capacity import Capacity
+from heliostat.core.commands import run_again
 from heliostat.core.outcome import NodeOutcome, RunResult, Unwatched, View
 from heliostat.core.plan import Plan, check_fits, plan_pipeline, record_of
 from heliostat.core.spec import Pipeline
 from heliostat.core.stage import built_in_kind
+from heliostat.core.tracking_uri import check_place
 from heliostat.errors import ArtifactError, SpecError
 from heliostat.execution import Execution, call_up_first, outcome_of, reused
 from heliostat.history import History, run_key
@@ -126,6 +128,7 @@ def _run_plan(
     pipeline = planned.pipeline
     if address is None:
         check_fits_here(planned)
+    check_place(pipeline.tracking_uri)
     cut_off = [run["key"] for run in runs.cut_off(pipeline.storage_folder, pipeline.name)]
     key = run_key(planned, cut_off)
     log = _log_of(pipeline, run_id)
@@ -173,7 +176,7 @@ def _send_all(planned: Plan, mirror: Mirror, *more: Path) -> None:
         mirror.send(*(node.folder for node in planned.nodes if read_record(node.folder)), *more)
     except ArtifactError as error:
         store = planned.pipeline.storage_folder
-        raise ArtifactError(f"{error}; what was made is in {store}, and the same command sends it") from error
+        raise ArtifactError(f"{error}; what was made is in {store}, and this sends it: {run_again()}") from error
 
 
 def _selected(planned: Plan, outcomes: Sequence[NodeOutcome], mirror: Mirror) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import pytest
 
 from heliostat.core.load import load_pipeline
+from heliostat.core.tracking_uri import check_place
 from heliostat.errors import SpecError
 
 
@@ -242,3 +243,109 @@ def test_all_faults_of_a_file_are_told_at_once(refusal):
 def test_a_name_that_is_no_safe_folder_is_refused(refusal, name):
     assert f"name: {name!r} cannot be the name of a folder" in str(refusal({"name": name}))
     assert f".name: {name!r} cannot be the name of a folder" in str(refusal({"stages/best/name": name}))
+
+
+def bomb(start: str, repeated: str) -> str:
+    """Each of 30 lines stands for ten times as much as the one before it."""
+    lines = [f"a0: &a0 {start}"]
+    for level in range(1, 30):
+        items = ", ".join(repeated.replace("KEY", f"k{n}").replace("LAST", f"*a{level - 1}") for n in range(10))
+        lines.append(f"a{level}: &a{level} " + (f"[{items}]" if "KEY" not in repeated else f"{{{items}}}"))
+    return "\n".join(lines)
+
+
+BOMBS = {
+    "lists": bomb("[x]", "LAST"),
+    "mappings": bomb("{k: x}", "KEY: LAST"),
+    "merges": bomb("{k: x}", "KEY: {<<: LAST}"),
+}
+
+
+@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
+def test_aliases_that_stand_for_billions_of_values_are_refused_before_any_is_built(refusal, text):
+    assert "more than 100,000 values, with those that aliases repeat" in str(refusal(text=text))
+    assert "--set task: line 6: more than 100,000 values" in str(refusal(settings=[f"task={text}"]))
+
+
+def test_a_long_list_without_aliases_is_refused_too(refusal):
+    assert "line 1: more than 100,000 values" in str(refusal(text=f"a: [{', '.join(['1'] * 100_001)}]"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: " + "[" * 5000, "a: " + "{b: " * 5000, "\n".join(f"{' ' * n}a:" for n in range(2000)), "- " * 5000 + "a"],
+    ids=["lists", "mappings", "lines", "dashes"],
+)
+def test_what_nests_without_end_is_refused_in_files_and_values(refusal, text):
+    assert "nested more than 50 levels deep; write it flatter" in str(refusal(text=text))
+    assert "--set seed: line" in str(refusal(settings=[f"seed={text}"]))
+
+
+def test_an_alias_inside_what_it_repeats_is_refused(refusal):
+    assert "line 1: an alias stands inside what it repeats" in str(refusal(text="a: &a [1, *a]"))
+
+
+def test_a_set_path_without_end_is_refused(refusal):
+    assert "nested more than 50 levels deep; no field" in str(refusal(settings=[".".join("x" * 5000) + "=1"]))
+
+
+def test_aliases_as_people_use_them_are_written_out(toy):
+    toy.file.write_text(
+        "defaults: {train: {config: &c {epochs: 2}}}\nname: toy\n"
+        "task: {model: 'toy:build_model', data: 'toy:build_data'}\n"
+        "stages: [{name: a, uses: train, config: *c}, {name: b, uses: train, config: {<<: *c, batch_size: 8}}]\n"
+    )
+    first, second = load_pipeline(toy.file).stages
+    assert (first.config, second.config) == ({"epochs": 2}, {"epochs": 2, "batch_size": 8})
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("./mlruns", "MLflow no longer writes folders of files; write sqlite:///mlflow.db"),
+        ("mlruns", "MLflow no longer writes folders of files"),
+        ("/srv/mlruns", "MLflow no longer writes folders of files"),
+        ("file:./mlruns", "MLflow no longer writes folders of files"),
+        ("file:///srv/mlruns", "MLflow no longer writes folders of files"),
+        ("C:\\runs\\mlruns", "MLflow no longer writes folders of files"),
+        ("sqlite:mlflow.db", "an SQLite store is sqlite:///FILE"),
+        ("sqlite://mlflow.db", "an SQLite store is sqlite:///FILE"),
+        ("sqlite:///", "an SQLite store is sqlite:///FILE"),
+        ("sqlite:///:memory:", "a store in memory ends with this process"),
+        ("localhost:5000", "MLflow knows no store 'localhost'; write sqlite:///mlflow.db for a file"),
+        ("http:/tracking:5000", "it names no host"),
+        ("s3://bucket/mlflow", "MLflow knows no store 's3'"),
+    ],
+)
+def test_a_tracking_store_that_mlflow_cannot_write_is_refused(refusal, monkeypatch, uri, expected):
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE", raising=False)
+    message = str(refusal({"tracking/uri": uri}))
+    assert message.startswith(f"tracking.uri: {uri!r}: ")
+    assert expected in message
+
+
+@pytest.mark.parametrize("uri", ["http://host:5000", "https://host", "postgresql+psycopg2://h/db", "databricks", "uc"])
+def test_servers_and_databases_are_taken_as_they_are(toy, uri):
+    assert load_pipeline(toy.write({**toy.document, "tracking": {"uri": uri}})).tracking_uri == uri
+
+
+def test_a_relative_tracking_store_lies_beside_the_file_wherever_the_command_runs(toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    document = {**toy.document, "tracking": {"uri": "sqlite:///history/runs.db"}}
+    pipeline = load_pipeline(toy.write(document))
+    assert pipeline.tracking_uri == f"sqlite:///{toy.folder / 'history' / 'runs.db'}"
+    absolute = {**toy.document, "tracking": {"uri": f"sqlite:///{tmp_path / 'x.db'}"}}
+    assert load_pipeline(toy.write(absolute)).tracking_uri == f"sqlite:///{tmp_path / 'x.db'}"
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    files = load_pipeline(toy.write({**toy.document, "tracking": {"uri": "./mlruns"}}))
+    assert files.tracking_uri == f"file://{toy.folder / 'mlruns'}"
+
+
+def test_an_sqlite_store_that_cannot_be_one_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("no database")
+    with pytest.raises(SpecError, match=r"tracking\.uri: .*file is no SQLite database"):
+        check_place(f"sqlite:///{tmp_path / 'file'}")
+    with pytest.raises(SpecError, match=r"tracking\.uri: .*x\.db cannot be written: .*; name another file"):
+        check_place(f"sqlite:///{tmp_path / 'file' / 'x.db'}")
+    check_place(f"sqlite:///{tmp_path / 'new' / 'x.db'}")
+    assert list((tmp_path / "new").iterdir()) == []

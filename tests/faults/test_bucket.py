@@ -124,7 +124,7 @@ def test_a_bucket_that_goes_away_loses_nothing(machine, heliostat, s3, eventuall
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
     assert "storage: s3://models/team" in errors
-    assert f"what was made is in {toy.folder / '.heliostat'}, and the same command sends it" in errors
+    assert f"what was made is in {toy.folder / '.heliostat'}, and this sends it: heliostat run" in errors
 
     again = heliostat("run", toy.file, *STORAGE)
     assert again.returncode == 2

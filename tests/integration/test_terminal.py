@@ -94,7 +94,7 @@ def interrupted(tmp_path_factory, toy_in, heliostat_in, eventually):
     toy.write(document)
     cli = heliostat_in(toy.folder)
     environment = {**cli.environment, "TERM": "xterm-256color", "TOY_SLEEP_S": "2", "TOY_MARK": str(toy.folder)}
-    terminal = Terminal([*cli.command, "run", "toy.yaml"], cwd=toy.folder, environment=environment)
+    terminal = Terminal([*cli.command, "run", "toy.yaml", "--set", "seed=0"], cwd=toy.folder, environment=environment)
 
     def journal():
         return "".join(path.read_text() for path in toy.folder.glob(".heliostat/toy/search/*/journal.jsonl"))
@@ -122,7 +122,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(interrupted):
     _, terminal, code, _ = interrupted
     assert code == 130, terminal.text
     assert "interrupted: 0 of 4 nodes are done and kept, and so are finished trials" in terminal.text
-    assert "go on: heliostat run toy.yaml" in terminal.text
+    assert "resume with: heliostat run toy.yaml --set seed=0" in terminal.text
     assert "Traceback" not in terminal.text
 
 

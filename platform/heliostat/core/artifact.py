@@ -116,7 +116,7 @@ def parse_record(text: str, *, place: str) -> Record:
         known = {field.name for field in fields(Record)}
         newer = document.get("format", FORMAT) > FORMAT or document.keys() - known
         record = None if newer else Record(**document)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:  # the last is JSON that nests without end
         raise ArtifactError(f"{place} is damaged ({error}); delete that folder and run again") from error
     if record is None:
         unknown = f", with {', '.join(sorted(document.keys() - known))}" if document.keys() - known else ""
@@ -173,13 +173,16 @@ def _drop(path: Path, keep: set[Path], parents: set[Path]) -> None:
 
 
 def records(storage: Path, *, pipeline: str | None = None, stage: str | None = None) -> Iterator[tuple[Path, Record]]:
-    """Every readable record of a store with its folder, oldest first."""
+    """Every readable record of a store with its folder, oldest first.
+
+    Only those that lie where their nodes do: MLflow's artifacts, in the same store, have copies of them.
+    """
     found = []
     for path in storage.glob(f"{pipeline or '*'}/{stage or '*'}/*/{RECORD}"):
         try:
             record = read_record(path.parent)
         except ArtifactError:
             continue  # a damaged record is not history; the node that owns it says so when it is planned
-        if record is not None:
+        if record is not None and path.parent == storage / record.pipeline / record.stage / record.fingerprint:
             found.append((path.parent, record))
     yield from sorted(found, key=lambda item: item[1].started_at)

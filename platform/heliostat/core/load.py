@@ -16,8 +16,45 @@ from heliostat.errors import SpecError, nearest
 MERGE = "tag:yaml.org,2002:merge"
 
 
+MAX_DEPTH = 50
+"""No file nests deeper that a person wrote; Python's stack ends at some hundreds."""
+MAX_VALUES = 100_000
+"""Of a document, those that aliases repeat included: a few lines of them can stand for billions."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys, reads `1e-4` as a number, and leaves `yes`, `no`, `on`, `off` as words."""
+    """Safe YAML that refuses duplicate keys, reads `1e-4` as a number, and leaves `yes`, `no`, `on`, `off` as words.
+
+    It refuses what nests too deep, and what is too large once its aliases are written out, before it builds any of it.
+    """
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = self._num_values = 0
+        self._sizes: dict[yaml.Node, int] = {}
+        """Of each node that is complete: how many values it stands for."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
+        is_alias = self.check_event(yaml.AliasEvent)
+        if self._depth >= MAX_DEPTH:
+            raise SpecError(f"line {line}: nested more than {MAX_DEPTH} levels deep; write it flatter")
+        before = self._num_values
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        assert node is not None
+        if is_alias and node not in self._sizes:
+            raise SpecError(f"line {line}: an alias stands inside what it repeats, which has no end; write it out")
+        self._num_values = before + self._sizes[node] if is_alias else self._num_values + 1
+        if self._num_values > MAX_VALUES:
+            raise SpecError(
+                f"line {line}: more than {MAX_VALUES:,} values, with those that aliases repeat; write fewer, or put "
+                "them into a file that your data function reads"
+            )
+        if not is_alias:
+            self._sizes[node] = self._num_values - before
+        return node
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -104,6 +141,8 @@ def apply_setting(document: dict[str, Any], setting: str) -> None:
     """Put one `path=value` into the document; the value is YAML. Stages go by name: `stages.train.config.epochs=3`."""
     path, equals, text = setting.partition("=")
     steps = _steps(path)
+    if len(steps) > MAX_DEPTH:
+        raise SpecError(f"--set {path[:60]}…: nested more than {MAX_DEPTH} levels deep; no field of a pipeline is")
     if not equals or not all(steps):
         raise SpecError(f"--set {setting}: write it as path=value, such as stages.train.config.epochs=3")
     value = parse_yaml(text, name=f"--set {path}")

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator, mo
 from heliostat.core.capacity import ACCELERATOR, OF_THE_NODE
 from heliostat.core.imports import REFERENCE, reference_to
 from heliostat.core.model import Count, Integer, NonNegative, NonNegativeInt, Positive, Spec
+from heliostat.core.tracking_uri import SQLITE, resolved_uri, why_no_tracking_uri
 from heliostat.errors import SpecError, nearest
 
 
@@ -202,7 +203,16 @@ class Tracking(Spec):
     """Where MLflow keeps its history: by default SQLite under the storage root."""
 
     uri: str | None = None
+    """A server's address, or `sqlite:///FILE` with a path from the pipeline file's folder."""
     experiment: str | None = None
+
+    @field_validator("uri")
+    @classmethod
+    def _is_a_store(cls, uri: str | None) -> str | None:
+        problem = why_no_tracking_uri(uri) if uri is not None else None
+        if problem:
+            raise ValueError(f"{uri!r}: {problem}")
+        return uri
 
 
 Inputs = Annotated[
@@ -292,7 +302,9 @@ class Pipeline(Spec):
 
     @property
     def tracking_uri(self) -> str:
-        return self.tracking.uri or f"sqlite:///{self.storage_folder / 'mlflow.db'}"
+        """The address of the MLflow store; a relative path in it leads from the pipeline's folder."""
+        default = f"{SQLITE}{self.storage_folder / 'mlflow.db'}"
+        return resolved_uri(self.tracking.uri, self.root) if self.tracking.uri else default
 
     @property
     def experiment(self) -> str:

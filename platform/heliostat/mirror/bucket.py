@@ -20,6 +20,7 @@ from heliostat.core.artifact import (
     write_record,
 )
 from heliostat.core.carrier import Files
+from heliostat.core.commands import run_again
 from heliostat.core.integrity import check_files, check_names, damaged, digest_of, lacking
 from heliostat.errors import ArtifactError, HeliostatError, SpecError
 
@@ -174,9 +175,8 @@ class Bucket:
         if digest_of(path) != entry:
             path.unlink()
             stage = path.relative_to(self._folder).parts[1]
-            raise ArtifactError(
-                f"{self._at(path)} is not the file that its record tells of; make it again: --force {stage}"
-            )
+            again = run_again("--force", stage)
+            raise ArtifactError(f"{self._at(path)} is not the file that its record tells of; make it again: {again}")
 
     def _fetch_file(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shlex
 from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -10,11 +11,39 @@ from typing import Any
 from heliostat.core.artifact import Record, records, write_json
 from heliostat.errors import SpecError, nearest
 
+STORES_NAMED = 3
+"""So many of the stores that are near are named to whoever looked in the wrong folder."""
+
 
 def new_run_id(pipeline: str) -> str:
     """`mnist-20261125-031500-123`: sorts by time, and no two runs of a pipeline share it."""
     now = datetime.now()
     return f"{pipeline}-{now:%Y%m%d-%H%M%S}-{now.microsecond // 1000:03d}"
+
+
+def check_store(storage: Path) -> None:
+    """Raise SpecError unless `storage` is a store, with the stores that are near."""
+    if _is_store(storage):
+        return
+    what = "no such folder" if not storage.is_dir() else "not a store: no run has written here"
+    near = " or ".join(f"--storage {shlex.quote(str(found))}" for found in _stores_near(storage))
+    advice = near or "go to the folder of the pipeline file, or pass its .heliostat"
+    looked = storage.expanduser().absolute()
+    raise SpecError(f"--storage {storage}: {looked} is {what}; {'try ' if near else ''}{advice}")
+
+
+def _is_store(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("runs", "spool", "mlflow.db")) or any(records(folder))
+
+
+def _stores_near(storage: Path) -> list[Path]:
+    """Below the folder that was named and the working directory, and beside the folders that this one lies in."""
+    here = Path.cwd()
+    patterns = (".heliostat", "*/.heliostat", "*/*/.heliostat")
+    below = [found for folder in (storage, here) for pattern in patterns for found in folder.glob(pattern)]
+    above = [folder / ".heliostat" for folder in here.parents]
+    found = dict.fromkeys(folder.resolve() for folder in [*below, *above] if _is_store(folder))
+    return [folder.relative_to(here) if folder.is_relative_to(here) else folder for folder in found][:STORES_NAMED]
 
 
 def write_run(storage: Path, run_id: str, document: Mapping[str, Any]) -> Path:

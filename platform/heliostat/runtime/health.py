@@ -23,7 +23,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from heliostat.core.commands import with_store
 from heliostat.core.spec import BUCKET
+from heliostat.core.tracking_uri import why_no_tracking_uri
 from heliostat.errors import HeliostatError
 from heliostat.mirror import try_bucket
 from heliostat.runtime.auth import token_source, use_token_if_present
@@ -77,7 +79,7 @@ def diagnose(storage: str | Path, tracking_uri: str | None, address: str | None)
         "open files": check_open_files,
         "token": check_token,
         "ray": lambda: check_ray(address),
-        "tracking": lambda: check_tracking(tracking_uri),
+        "tracking": lambda: check_tracking(tracking_uri, storage),
     }
     with ThreadPoolExecutor(len(checks)) as pool:
         return [finding for found in pool.map(_examine, checks, checks.values()) for finding in found]
@@ -332,8 +334,12 @@ def _refused(address: str) -> OSError | None:
     return None
 
 
-def check_tracking(tracking_uri: str | None) -> Iterator[Finding]:
+def check_tracking(tracking_uri: str | None, storage: str | Path = ".heliostat") -> Iterator[Finding]:
     """Whether an MLflow server answers; a store in a file needs none."""
+    problem = why_no_tracking_uri(tracking_uri) if tracking_uri else None
+    if problem:
+        yield Finding("tracking", "problem", f"{tracking_uri}: {problem}", "--set tracking.uri=ANOTHER")
+        return
     if tracking_uri is None or not tracking_uri.startswith(("http://", "https://")):
         yield Finding("tracking", "ok", f"{tracking_uri or 'SQLite under the storage folder'}; no server needed")
         return
@@ -350,4 +356,9 @@ def check_tracking(tracking_uri: str | None) -> Iterator[Finding]:
     except OSError as error:
         reason = getattr(error, "reason", error)
         text = f"{tracking_uri} does not answer ({reason}); runs go on, and what they log is kept for later"
-        yield Finding("tracking", "warning", text, "mlflow server --host 127.0.0.1 --port 5000, then heliostat sync")
+        yield Finding(
+            "tracking",
+            "warning",
+            text,
+            f"mlflow server --host 127.0.0.1 --port 5000, then {with_store('sync', Path(storage))}",
+        )

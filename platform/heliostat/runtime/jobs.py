@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from heliostat.core.commands import SUBMITTED_AS, Given, submit_again
 from heliostat.core.load import apply_setting, read_document
 from heliostat.errors import HeliostatError, SpecError
 from heliostat.runtime.auth import token_source, use_token_if_present
@@ -80,11 +81,12 @@ def submit(
         raise SpecError(f"{file}: name: missing; it is required")
     folder = file.resolve().parent
     check_upload(folder)
+    given = Given(file, settings, address)
     storage = _lasting_storage(document.get("storage"), name)
     with _connection(address) as client:
         _refuse_twice(client, address, name, storage)
         job_id = client.submit_job(
-            entrypoint=_entrypoint(file.name, settings, storage, _module),
+            entrypoint=_entrypoint(file.name, settings, storage, _module, submit_again(given)),
             runtime_env={"working_dir": str(folder), "excludes": [*EXCLUDED, "*.pyc"]},
             metadata={"heliostat.pipeline": name, "heliostat.storage": storage},
         )
@@ -150,12 +152,13 @@ def _lasting_storage(storage: object, name: str) -> str:
     return str(storage) if lasting else f"~/heliostat/{name}"
 
 
-def _entrypoint(file: str, settings: Sequence[str], storage: str, module: str) -> str:
+def _entrypoint(file: str, settings: Sequence[str], storage: str, module: str, submitted_as: str) -> str:
     words = ["-m", module, "run", file, "--address", "auto", *(word for s in settings for word in ("--set", s))]
     home, path = ('"$HOME"/', storage[2:]) if storage.startswith("~/") else ("", storage)  # the home on the head node
     command = f'"$PYTHON" {shlex.join(words)} --set storage={home}{shlex.quote(path)}'
     # Both the job and the run inside it name a working_dir, the same one; Ray refuses that unless told which counts.
-    return f"{_FIND_PYTHON}export RAY_OVERRIDE_JOB_RUNTIME_ENV=1; exec {command}"
+    again = f"{SUBMITTED_AS}={shlex.quote(submitted_as)}"
+    return f"{_FIND_PYTHON}export RAY_OVERRIDE_JOB_RUNTIME_ENV=1 {again}; exec {command}"
 
 
 def _refuse_twice(client: Any, address: str, name: str, storage: str) -> None:

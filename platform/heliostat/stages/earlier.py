@@ -48,7 +48,7 @@ def lessons_of(stated: str, *, root: Path, space: Space, objectives: Objectives)
     file = find_file(stated, root)
     try:
         lessons = lessons_in(file, space=space, objectives=objectives)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last is JSON that nests without end
         raise SpecError(f"{stated!r}: {file.name} is not what a search writes: {error!r}") from error
     if not lessons.trials:
         sums = ", ".join(f"{number} {why}" for why, number in lessons.left_out.items()) or "no trial of it has ended"

@@ -45,6 +45,7 @@ class Tracker:
         self._changed = threading.Condition()  # guards all below
         self._backlog: deque[Spooled] = deque()
         self._run_ids: dict[str, str] = {}
+        self._why_waiting: str | None = None
         self._closing = False
         self._stopped = False
         self._journals: list[Journal] = []
@@ -147,6 +148,12 @@ class Tracker:
             return sum(spooled.journal is not None for spooled in self._backlog)
 
     @property
+    def why_waiting(self) -> str | None:
+        """Why the store took nothing when it was last asked; None if it took all."""
+        with self._changed:
+            return self._why_waiting
+
+    @property
     def lost(self) -> int:
         """After `close`: the number of events that neither the store nor the spool has taken."""
         with self._changed:
@@ -217,6 +224,8 @@ class Tracker:
                 writer = writer or open_writer(self._target)
                 run_ids = writer.deliver([spooled.event for spooled in batch])
             except UnavailableError as error:
+                with self._changed:
+                    self._why_waiting = str(error).partition("\n")[0]
                 if pause_s == BATCH_S:
                     place = self._spool if self._journal else "memory only"
                     _log.warning("%s is away; what happens is kept in %s: %s", self._target.uri, place, error)
@@ -226,6 +235,7 @@ class Tracker:
                 continue
             pause_s = BATCH_S
             with self._changed:
+                self._why_waiting = None
                 for _ in batch:
                     self._backlog.popleft()
                 self._run_ids.update(run_ids)
