@@ -183,6 +183,6 @@ def records(storage: Path, *, pipeline: str | None = None, stage: str | None = N
             record = read_record(path.parent)
         except ArtifactError:
             continue  # a damaged record is not history; the node that owns it says so when it is planned
-        if record is not None and path.parent == storage / record.pipeline / record.stage / record.fingerprint:
+        if record is not None and path.parent.parent == storage / record.pipeline / record.stage:
             found.append((path.parent, record))
     yield from sorted(found, key=lambda item: item[1].started_at)
