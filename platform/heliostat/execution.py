@@ -28,7 +28,7 @@ from heliostat.errors import ArtifactError, HeliostatError, StageError
 from heliostat.history import History, NodeReporter
 from heliostat.mirror import Exchange, Mirror
 from heliostat.stages.falls import falls_of
-from heliostat.stages.measure import Speed, Subject, call_example, measure_quality, measure_speeds, timed
+from heliostat.stages.measure import Speed, Subject, assess_quality, call_example, measure_speeds, timed
 
 POLL_S = 0.2
 
@@ -185,12 +185,13 @@ class Execution:
         reporter.began()
         seconds, started_at = reporter.seconds, datetime.now(UTC) - timedelta(seconds=reporter.seconds)
         exchange(result.files)
-        files, metrics = digest_files(node.folder, result.files), dict(result.metrics)
+        files, metrics, details = digest_files(node.folder, result.files), dict(result.metrics), dict(result.details)
         if node.has_speed:
             self._view.progress(node, {"doing": "measuring"})
-            call = (timed, measure_quality, node.folder, pipeline.task, result.params, result.validated)
+            call = (timed, assess_quality, node.folder, pipeline.task, result.params, result.validated)
             quality, measuring_s = self._task(node, *call, needed={node.folder: files})
-            metrics |= quality
+            metrics |= quality.figures
+            details |= {"missing": quality.missing} if quality.missing else {}
             seconds += measuring_s
             for warning in falls_of(node, context.inputs, metrics, result.details, modes=pipeline.task.metric_modes):
                 reporter.warn(warning)
@@ -206,7 +207,7 @@ class Execution:
             identity=node.identity,
             metrics=metrics,
             params=result.params,
-            details={**result.details, "warnings": warnings} if warnings else result.details,
+            details={**details, "warnings": warnings} if warnings else details,
             inputs={
                 slot: [{"node": n.name, "fingerprint": n.fingerprint} for n in nodes]
                 for slot, nodes in node.inputs.items()

@@ -130,7 +130,7 @@ def measure(models: Mapping[str, tuple[Run, list[Path]]], test: tuple[Tensor, Te
     for name, (run, files) in models.items():
         with torch.inference_mode():
             outputs = torch.cat([run(batch) for batch in images.split(250)])
-        low, high = confidence_interval(accuracy, outputs, labels) or (0.0, 1.0)
+        low, high = confidence_interval(accuracy, outputs, labels)
         content = b"".join(file.read_bytes() for file in files)
         rows[name] = {
             "model": name,

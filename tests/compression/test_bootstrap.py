@@ -1,7 +1,9 @@
+import numpy as np
+import pytest
 import torch
 
 from heliostat.compression import bootstrap
-from heliostat.compression.bootstrap import confidence_interval
+from heliostat.compression.bootstrap import NoIntervalError, confidence_interval
 
 
 def accuracy(outputs, targets):
@@ -30,5 +32,26 @@ def test_the_same_model_has_the_same_interval_and_draws_that_give_no_number_do_n
 def test_a_metric_that_is_slow_has_no_interval_and_is_not_called_for_long(monkeypatch):
     monkeypatch.setattr(bootstrap, "LIMIT_S", 0.0)
     calls = []
-    assert confidence_interval(lambda outputs, targets: calls.append(1) or 1.0, torch.zeros(5), torch.zeros(5)) is None
+    with pytest.raises(NoIntervalError, match="200 resamples would take over 0 s"):
+        confidence_interval(lambda outputs, targets: calls.append(1) or 1.0, torch.zeros(5), torch.zeros(5))
     assert len(calls) == bootstrap.TRIED
+
+
+def test_a_metric_that_fails_on_a_resample_or_is_never_a_number_has_no_interval_and_a_reason():
+    outputs, targets = torch.zeros(30), torch.tensor([1.0, *[0.0] * 29])
+
+    def ranked(outputs, targets):
+        if not targets.any():
+            raise ValueError("only one class is present")
+        return 0.5
+
+    with pytest.raises(NoIntervalError, match=r"it fails on resample \d+: ValueError: only one class is present"):
+        confidence_interval(ranked, outputs, targets)
+    with pytest.raises(NoIntervalError, match="it is not a number on any resample"):
+        confidence_interval(lambda outputs, targets: float("nan"), outputs, targets)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(0.5), np.float32(0.5), torch.tensor([0.5]), True, 1])
+def test_a_figure_may_be_a_number_of_any_kind(number):
+    low, high = confidence_interval(lambda outputs, targets: number, torch.zeros(5), torch.zeros(5))
+    assert low == high == float(number)

@@ -4,6 +4,7 @@ Quality is computed beside other work. Speed is measured with every CPU of a nod
 it, and of all models that wait for it in one go, in turns: only so can they be compared with each other.
 """
 
+import math
 import os
 import time
 import uuid
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from heliostat.core.spec import Task
 from heliostat.core.stage import Validated
+from heliostat.errors import StageError
 from heliostat.stages.saved import check_saved
 from heliostat.training.config import TrainConfig
 
@@ -80,13 +82,27 @@ def call_example(
     return inputs.numpy(), load_model(folder)(inputs).numpy()
 
 
+@dataclass(frozen=True)
+class Quality:
+    """The figures of a model that are no speed."""
+
+    figures: Mapping[str, float]
+    missing: Mapping[str, str]
+    """By name, why a figure is missing or has no interval."""
+
+
 def measure_quality(
     folder: Path, task: Task, params: Mapping[str, Any], validated: Validated | None = None
 ) -> dict[str, float]:
+    """Return the figures of `assess_quality`."""
+    return dict(assess_quality(folder, task, params, validated).figures)
+
+
+def assess_quality(folder: Path, task: Task, params: Mapping[str, Any], validated: Validated | None = None) -> Quality:
     """Loss and metrics on `val`, which choices use, and on `test`, which is only reported; size and arithmetic.
 
     `val_accuracy_low` and `val_accuracy_high` are the ends of the 95 % interval of `val_accuracy`, and so on; a
-    metric that is slow to compute has none.
+    metric that is slow to compute, or fails on a resample, has none. A metric that fails on `test` is missing.
 
     Raises StageError where the figures of `val` are not those `validated`.
     """
@@ -106,35 +122,55 @@ def measure_quality(
     }
     if (macs := describe(folder).get("macs")) is not None:  # an own stage may write a model in its own way
         figures["num_macs"] = macs
+    missing: dict[str, str] = {}
     for split in ("val", "test"):
         if split in data:
-            figures |= evaluate_with_intervals(model, data[split], objective, split=split)
+            quality = evaluate_with_intervals(model, data[split], objective, split=split)
+            figures |= quality.figures
+            missing |= quality.missing
         if split == "val" and validated is not None:
             again = partial(evaluate, model, data["val"], objective, split="val")
             check_saved(folder, validated, figures, data=data, again=again)
-    return figures
+    return Quality(figures, missing)
 
 
 def evaluate_with_intervals(
     model: "Callable[[Tensor], Tensor]", dataset: "Dataset[Any]", objective: "Objective", *, split: str
-) -> dict[str, float]:
-    """What `evaluate` gives, and of each metric that is not slow to compute the ends of its 95 % interval."""
-    from heliostat.compression.bootstrap import confidence_interval
+) -> Quality:
+    """Return what `evaluate` does, and the ends of the 95 % interval of each metric that has one.
+
+    Raises StageError for a metric that fails, unless on `test`: nothing is chosen by that split, so the model is kept.
+    """
+    from heliostat.compression.bootstrap import NoIntervalError, confidence_interval
     from heliostat.training.evaluation import evaluate
 
     ends: dict[str, float] = {}
+    missing: dict[str, str] = {}
 
     def noting(metric: "Metric") -> "Metric":
+        name = f"{split}_{metric.name}"
+
         def function(outputs: "Tensor", targets: "Tensor") -> float:
-            name = f"{split}_{metric.name}"
-            if (interval := confidence_interval(metric.function, outputs, targets)) is not None:
-                ends.update(zip((f"{name}_low", f"{name}_high"), interval))
-            return metric.function(outputs, targets)
+            try:
+                value = metric.value(outputs, targets, split=split)
+            except StageError as error:
+                if split != "test":
+                    raise
+                missing[name] = str(error)
+                return math.nan
+            try:
+                ends.update(
+                    zip((f"{name}_low", f"{name}_high"), confidence_interval(metric.function, outputs, targets))
+                )
+            except NoIntervalError as reason:
+                missing[f"{name}_low"] = f"no interval: {reason}"
+            return value
 
         return replace(metric, function=function)
 
     noted = replace(objective, metrics=tuple(noting(metric) for metric in objective.metrics))
-    return evaluate(model, dataset, noted, split=split) | ends
+    figures = evaluate(model, dataset, noted, split=split) | ends
+    return Quality({name: figure for name, figure in figures.items() if name not in missing}, missing)
 
 
 def measure_speeds(subjects: Sequence[Subject], task: Task) -> list[Speed | str]:

@@ -59,5 +59,5 @@ def evaluate(
         counts = evaluation_counts(num_samples, batch_size=batch_size, num_workers=world.size)
         all_outputs = gather_rows(torch.cat(outputs), counts, world=world).cpu()
         all_targets = gather_rows(torch.cat(targets), counts, world=world).cpu()
-        row |= {f"{split}_{m.name}": float(m.function(all_outputs, all_targets)) for m in objective.metrics}
+        row |= {f"{split}_{m.name}": m.value(all_outputs, all_targets, split=split) for m in objective.metrics}
     return row

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from heliostat.core.imports import resolve
 from heliostat.core.spec import Task
-from heliostat.errors import SpecError, nearest
+from heliostat.errors import HeliostatError, SpecError, StageError, nearest
 from heliostat.training.config import TrainConfig
 from heliostat.training.losses import Loss, TrainStep, mean_of
 from heliostat.training.torch_losses import as_sum, is_of_torch
@@ -31,6 +31,18 @@ class Metric:
     name: str
     function: Callable[[Tensor, Tensor], float]
     mode: Mode
+
+    def value(self, outputs: Tensor, targets: Tensor, *, split: str) -> float:
+        """The metric of a whole split. Raises StageError that names the metric when it fails or gives no number."""
+        try:
+            found: Any = self.function(outputs, targets)
+            return float(found)
+        except HeliostatError:
+            raise
+        except Exception as error:  # a user's metric may raise anything
+            shapes = f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}"
+            reason = f"{type(error).__name__}: {error}"
+            raise StageError(f"task.metrics: {self.name} fails on `{split}`, for {shapes}: {reason}") from error
 
 
 @dataclass(frozen=True)

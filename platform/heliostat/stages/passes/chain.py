@@ -74,7 +74,7 @@ def explore(
     gate.give_way()
     finished = load_model(made.folder)
     quality = evaluate_with_intervals(finished, data["val"], build_objective(task), split="val")
-    figures = costs_of(made.folder) | quality
+    figures = costs_of(made.folder) | dict(quality.figures)
     for name, value in figures.items():
         if not math.isfinite(value):
             raise StageError(f"it diverged: {name} is {value}")
