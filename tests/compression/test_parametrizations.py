@@ -130,3 +130,16 @@ class ReadsItsOriginal(nn.Module):
 def test_a_model_whose_outputs_baking_changes_is_refused() -> None:
     with pytest.raises(StageError, match=r"layer\.weight: Doubled"):
         bake(ReadsItsOriginal(), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("first", ["copy", "model"])
+def test_a_copy_and_its_model_are_baked_each_by_itself(first):
+    norm = nn.utils.parametrizations.weight_norm
+    model, inputs = nn.Sequential(norm(nn.Linear(4, 4)), norm(nn.Conv1d(4, 4, 1))), torch.randn(8, 4, 4)
+    wanted = model(inputs)
+    made = copied(model)
+    baked, other = (made, model) if first == "copy" else (model, made)
+    bake(baked)
+    assert torch.allclose(other(inputs), wanted, atol=1e-6)
+    bake(other)
+    assert torch.allclose(other(inputs), baked(inputs), atol=1e-6)

@@ -6,7 +6,6 @@ first, and its graph is taken if it traced without a doubt and computes what the
 than the one it was traced with too. Otherwise the other one has to do it, and passes the same test.
 """
 
-import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.jit._trace import TracerWarning
 
 from heliostat.compression.formats import describe_input, load_model, write_record
 from heliostat.compression.macs import num_macs
+from heliostat.compression.parametrizations import bake, copied
 from heliostat.compression.parity import (
     allowed,
     apart,
@@ -52,8 +52,8 @@ def save_onnx(model: nn.Module, folder: Path, *, example: Tensor, opset: int = O
             the line of the user's code or the first layer where the graph and the model part.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = copy.deepcopy(model).eval().cpu()
-    example = example.detach().cpu()
+    model, example = copied(model).eval().cpu(), example.detach().cpu()
+    bake(model, example)
     checks = [example[:1], torch.cat([example, example[:1], example[:1]])]
     example = torch.cat([example, example])[:2]  # of one row, torch.export makes a constant batch
     expected = [seeded(model, batch) for batch in checks]

@@ -38,7 +38,9 @@ KINDS = {
 def copied(model: nn.Module) -> nn.Module:
     """Return a deep copy of a model, the weights that its hooks computed included.
 
-    `copy.deepcopy` refuses tensors with a gradient function, such as the `weight` under the older weight norm.
+    `copy.deepcopy` refuses tensors with a gradient function, such as the `weight` under the older weight norm. And it
+    leaves a parametrized module's copy in that module's own class, where torch keeps the computed weight as a property:
+    to bake either would take it from both.
     """
     memo: dict[int, Any] = {
         id(value): value.detach().clone()
@@ -46,7 +48,13 @@ def copied(model: nn.Module) -> nn.Module:
         for value in pytree.tree_leaves(vars(module))
         if isinstance(value, Tensor) and value.grad_fn is not None
     }
-    return copy.deepcopy(model, memo)
+    made = copy.deepcopy(model, memo)
+    for module in made.modules():
+        if parametrize.is_parametrized(module):
+            kind = type(module)
+            attributes = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+            module.__class__ = type(kind.__name__, kind.__bases__, attributes)
+    return made
 
 
 def parametrizations(model: nn.Module) -> dict[str, dict[str, str]]:

@@ -5,7 +5,6 @@ loaded again. A `.pt2` takes a batch of any size. A device takes one input at a 
 free batch, so a `.tflite` and a `.pte` are made for one row.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 
 from heliostat.compression.formats import describe_input, load_model, write_record
 from heliostat.compression.macs import num_macs
+from heliostat.compression.parametrizations import bake, copied
 from heliostat.compression.parity import (
     TOLERANCE,
     allowed,
@@ -60,8 +60,8 @@ def save_program(model: nn.Module, folder: Path, *, example: Tensor, format: str
     """
     converter = CONVERTERS[format]
     require_package(format)
-    model = copy.deepcopy(model).eval().cpu()
-    example = example.detach().cpu()
+    model, example = copied(model).eval().cpu(), example.detach().cpu()
+    bake(model, example)
     require_one_tensor(seeded(model, example[:1]))
     program = exported(model, example, free_batch=converter.free_batch)
     graph = program.module(check_guards=False)

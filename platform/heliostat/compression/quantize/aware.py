@@ -2,18 +2,21 @@
 https://arxiv.org/abs/1712.05877).
 
 `attach` makes every convolution and linear layer see its weights and its inputs rounded to the grid that static
-quantization uses, while gradients pass as if they were not (the straight-through estimator). `detach` takes that off:
-the weights are float again, and static quantization loses little of them. With one scale for each output channel the
-grid does not change when batch norm is folded into the weights, so both see the same one.
+quantization uses, while gradients pass as if they were not (the straight-through estimator). `detach` takes that off,
+and nothing else: the weights are float again, and static quantization loses little of them. A layer that computes its
+weight (weight norm, spectral norm) goes on doing so, and what it computed is rounded. With one scale for each output
+channel the grid does not change when batch norm is folded into the weights, so both see the same one.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from heliostat.compression.layers import WEIGHTED, skipped
+from heliostat.compression.parametrizations import copied
 from heliostat.errors import StageError
 
 MOMENTUM = 0.05
@@ -26,9 +29,11 @@ class _RoundedWeight(nn.Module):
 
     def __init__(self, *, limit: int, axis: int | None) -> None:
         super().__init__()
-        self.limit, self.axis = limit, axis
+        self.limit, self.axis, self.enabled = limit, axis, True
 
     def forward(self, weight: Tensor) -> Tensor:
+        if not self.enabled:
+            return weight
         largest = weight.detach().abs()
         if self.axis is None:
             scale, zero = largest.max().clamp(min=TINY) / self.limit, torch.zeros((), dtype=torch.int32)
@@ -46,10 +51,13 @@ class _RoundedInput(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.enabled = True
         self.register_buffer("low", torch.zeros(()))
         self.register_buffer("high", torch.zeros(()))
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if not self.enabled:
+            return inputs
         if self.training:
             seen_low, seen_high = inputs.detach().aminmax()
             first = (self.high - self.low) == 0
@@ -83,20 +91,63 @@ def attach(model: nn.Module, *, per_channel: bool, reduce_range: bool, skip: Seq
     for layer in layers.values():
         axis = 1 if getattr(layer, "transposed", False) else 0
         rounded = _RoundedWeight(limit=64 if reduce_range else 127, axis=axis if per_channel else None)
-        parametrize.register_parametrization(layer, "weight", rounded)
+        if "weight" in layer._parameters or parametrize.is_parametrized(layer, "weight"):
+            parametrize.register_parametrization(layer, "weight", rounded)
+        else:  # a hook computes it, before this one
+            layer.register_forward_pre_hook(_RoundComputedWeight(rounded))
         layer.add_module("rounded_input", _RoundedInput())
-        layer.register_forward_pre_hook(_round_input)
+        layer.register_forward_pre_hook(_round_input, with_kwargs=True)
     return exact
 
 
 def detach(model: nn.Module) -> None:
     """Undo `attach`, in place: exact computation with the weights as they were trained."""
     for layer in list(model.modules()):
-        if isinstance(getattr(layer, "rounded_input", None), _RoundedInput):
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-            del layer.rounded_input
-            layer._forward_pre_hooks.clear()
+        if not isinstance(getattr(layer, "rounded_input", None), _RoundedInput):
+            continue
+        if parametrize.is_parametrized(layer, "weight"):
+            _take_off(layer)
+        del layer.rounded_input
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if hook is _round_input or isinstance(hook, _RoundComputedWeight):
+                del layer._forward_pre_hooks[key]
+                layer._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-def _round_input(layer: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (layer.get_submodule("rounded_input")(arguments[0]), *arguments[1:])
+def without_rounding(model: nn.Module) -> nn.Module:
+    """A copy of a model with `attach`ed rounding that computes exactly."""
+    model = copied(model)
+    for module in model.modules():
+        if isinstance(module, (_RoundedWeight, _RoundedInput)):
+            module.enabled = False
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _RoundComputedWeight):
+                hook.rounded.enabled = False
+    return model
+
+
+def _take_off(layer: nn.Module) -> None:
+    """Take the rounding off the chain that computes the weight, and the chain away where nothing else is in it."""
+    chain: Any = layer.parametrizations["weight"]  # type: ignore[index]
+    (index,) = (number for number, part in enumerate(chain) if isinstance(part, _RoundedWeight))
+    if len(chain) > 1:
+        del chain[index]
+    else:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+
+
+class _RoundComputedWeight:
+    """A hook before the forward of a layer whose weight another hook has just computed."""
+
+    def __init__(self, rounded: _RoundedWeight) -> None:
+        self.rounded = rounded
+
+    def __call__(self, layer: Any, arguments: Any) -> None:
+        layer.weight = self.rounded(layer.weight)
+
+
+def _round_input(layer: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+    rounded = layer.get_submodule("rounded_input")
+    if arguments:
+        return (rounded(arguments[0]), *arguments[1:]), named
+    return arguments, {name: rounded(value) if name == "input" else value for name, value in named.items()}

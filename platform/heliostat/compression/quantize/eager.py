@@ -4,13 +4,13 @@
 linear layers. What was done is a step of plain numbers, as pruning's are, so the artifact holds no pickled object.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
 from heliostat.compression.layers import skipped
+from heliostat.compression.parametrizations import bake, copied
 from heliostat.compression.quiet import quiet
 from heliostat.errors import StageError
 
@@ -27,13 +27,14 @@ def quantize_linear(
         StageError: there is no linear layer that is not skipped.
     """
     kept = skipped(model, skip)
+    model = copied(model)
+    baked = bake(model)
     layers = [name for name, layer in model.named_modules() if type(layer) is nn.Linear and name not in kept]
     if not layers:
         raise StageError("there is nothing to quantize: no linear layer that is not skipped")
-    model = copy.deepcopy(model)
     step = {"op": "int8_linear", "scheme": scheme, "layers": layers}
     replay(model, step)
-    return model, [step]
+    return model, [*baked, step]
 
 
 def replay(model: nn.Module, step: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from heliostat.compression.formats import load_model
-from heliostat.compression.quantize.aware import attach, detach
+from heliostat.compression.parity import check_parity, values_of_module
+from heliostat.compression.quantize.aware import attach, detach, without_rounding
 from heliostat.compression.quantize.eager import quantize_linear
 from heliostat.compression.verdict import has_int8_instructions
 from heliostat.core.stage import StageResult
@@ -81,15 +83,23 @@ def _aware(shop: Workshop, source: Source, config: QuantizeConfig) -> tuple[nn.M
     teachers = [shop.teacher or source]
     with taught_by(shop, teachers, config.distillation, student=model, option="distillation.loss") as lesson:
         tuned = shop.fine_tune(model, tuning, batch_loss=lesson.loss, data=lesson.data)
+    exactly = without_rounding(model).eval()
     detach(model)
-    return model.eval(), tuned, {"not_rounded": exact, **lesson.details}
+    check_parity(
+        model.eval(),
+        exactly,
+        shop.samples("val", PARITY_SAMPLES),
+        what="the model that was trained, its rounding left out,",
+        values=partial(values_of_module, exactly),
+    )
+    return model, tuned, {"not_rounded": exact, **lesson.details}
 
 
 def _in_torch(shop: Workshop, source: Source, config: QuantizeConfig) -> StageResult:
     assert config.method in ("dynamic", "weight_only")
     described, model = describe(source.folder), torch_model(source)
     small, steps = quantize_linear(model, scheme=config.method, skip=config.skip)
-    layers = steps[0]["layers"]
+    layers = steps[-1]["layers"]
     quantization = {
         "backend": "torchao",
         "method": config.method,
