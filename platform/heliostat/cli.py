@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from heliostat.core.commands import command, note_given, run_again, with_store
+from heliostat.core.disk import disk_error, with_advice
 from heliostat.errors import HeliostatError
 
 if TYPE_CHECKING:
@@ -383,6 +384,11 @@ def main() -> None:
     except HeliostatError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if (full := disk_error(error, Path.cwd())) is None:
+            raise
+        sys.stderr.write(f"error: {with_advice(full)}\n")
+        sys.exit(full.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: nothing that was finished is lost; the same command resumes\n")
         sys.exit(INTERRUPTED)

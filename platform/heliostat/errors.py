@@ -31,6 +31,10 @@ class ArtifactError(HeliostatError):
     """An artifact is missing, damaged, or not of the kind that was asked for."""
 
 
+class DiskError(HeliostatError):
+    """A disk took no more: it is full, read-only, or its user has no right to more of it."""
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'sparsity'?"`, or the list of what is known when nothing is near, or nothing."""
     known = sorted(known)

@@ -20,11 +20,12 @@ from typing import Any, Literal
 from heliostat.core.artifact import Artifact, Record, digest_files, keep_only, read_record, write_record
 from heliostat.core.capacity import NOTHING
 from heliostat.core.carrier import Files, followed, supplied
+from heliostat.core.disk import why_failed
 from heliostat.core.integrity import damaged
 from heliostat.core.outcome import NodeOutcome, Status, View
 from heliostat.core.plan import Node, Plan, artifact_of, record_of
 from heliostat.core.stage import SHELF, StageContext, StageResult, call_stage
-from heliostat.errors import ArtifactError, HeliostatError, StageError
+from heliostat.errors import ArtifactError, StageError
 from heliostat.history import History, NodeReporter
 from heliostat.mirror import Exchange, Mirror
 from heliostat.stages.falls import falls_of
@@ -340,7 +341,7 @@ class Execution:
         return {slot: tuple(artifacts[artifact.folder] for artifact in group) for slot, group in inputs.items()}
 
     def _failed(self, node: Node, error: Exception, *, seconds: float, made: Record | None = None) -> NodeOutcome:
-        text = str(error) if isinstance(error, HeliostatError) else _with_traceback(error)
+        text = why_failed(error, node.folder)
         self._history.failed(node, text, seconds=seconds, made=made)
         return outcome_of(node, "failed", seconds=seconds, error=text)
 
@@ -369,12 +370,6 @@ def _with_speed(record: Record, speed: Speed) -> Record:
     return replace(
         record, metrics={**record.metrics, **speed.metrics}, details={**record.details, "speed": speed.details}
     )
-
-
-def _with_traceback(error: Exception) -> str:
-    import traceback
-
-    return f"{type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__))}".rstrip()
 
 
 def call_up_first(planned: Plan) -> None:

@@ -1,5 +1,6 @@
 """How a run gets into MLflow: one tree, pipeline > stage > trial, under keys that stay the same when a run resumes."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from heliostat.core.outcome import View
+
+_log = logging.getLogger(__name__)
 
 CLOSE_TIMEOUT_S = 60.0
 TRIAL_STATUS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
@@ -76,8 +79,8 @@ class History:
             waiting = history.close()
             if waiting:
                 send = with_store("sync", pipeline.storage_folder)
-                reason = f" ({tracker.why_waiting})" if tracker.why_waiting else ""
-                note(f"{waiting} tracking events wait in {spool}{reason}; once that is over, send them with: {send}")
+                reason = f", since {tracker.why_waiting}" if tracker.why_waiting else ""
+                note(f"{waiting} tracking events wait in {spool}{reason}. To send them later: {send}")
             if tracker.lost:
                 note(f"{tracker.lost} tracking events are lost: neither {pipeline.tracking_uri} nor {spool} took them")
 
@@ -199,7 +202,10 @@ class History:
         """A server may give a run its id only after a short stage has written its record."""
         record, ids = read_record(node.folder), self.ids(node)
         if record and record.tracking.get("key") == ids["key"] and record.tracking != ids:
-            write_record(node.folder, replace(record, tracking=ids))
+            try:
+                write_record(node.folder, replace(record, tracking=ids))
+            except OSError as error:  # the record is whole without it
+                _log.warning("the record of %s does not name its MLflow run: %s", node.name, error)
 
 
 def _step(record: Record) -> int:

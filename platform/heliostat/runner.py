@@ -13,6 +13,7 @@ from heliostat.core import load
 from heliostat.core.artifact import RECORD, read_record
 from heliostat.core.capacity import Capacity
 from heliostat.core.commands import run_again
+from heliostat.core.disk import disk_error, why_not_written, with_advice
 from heliostat.core.outcome import NodeOutcome, RunResult, Unwatched, View
 from heliostat.core.plan import Plan, check_fits, plan_pipeline, record_of
 from heliostat.core.spec import Pipeline
@@ -165,7 +166,8 @@ def _run_plan(
     try:
         runs.write_run(pipeline.storage_folder, run_id, {"key": key, **run_document(result)})
     except OSError as error:  # what became of each node is still worth telling
-        view.note(f"{run_id} stays unfinished in the store's history: {error.strerror}")
+        why = why_not_written(error, pipeline.storage_folder) or error
+        view.note(f"{run_id} stays unfinished in the store's history: {why}")
     _send_all(planned, mirror, document)
     return result
 
@@ -212,6 +214,8 @@ def _written_to(store: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if (full := disk_error(error, store)) is not None:
+            raise SpecError(f"storage: {with_advice(full)}") from error
         raise SpecError(f"storage: {store} cannot be written: {error.strerror}") from error
     except ArtifactError as error:
         raise SpecError(str(error)) from error

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, get_type_hints
 from heliostat.core.artifact import Artifact, Record
 from heliostat.core.capacity import Need
 from heliostat.core.carrier import HERE, Carrier
+from heliostat.core.disk import writing_to
 from heliostat.core.identity import fingerprint
 from heliostat.core.imports import reference_to, resolve
 from heliostat.core.model import Spec
@@ -337,7 +338,8 @@ def call_stage(reference: str, context: StageContext, config: Mapping[str, Any])
     """Run the stage function that `reference` names: how a stage starts in another process."""
     context.reporter.began()
     kind: StageKind = resolve(reference).__stage_kind__
-    return kind.function(context, kind.config.model_validate(config))
+    with writing_to(context.folder):
+        return kind.function(context, kind.config.model_validate(config))
 
 
 def kind_of_config(config: type[Spec]) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ray.exceptions import RayError
 
 from heliostat.core.carrier import HERE, Carrier
+from heliostat.core.disk import writing_to
 from heliostat.core.imports import use_root
 from heliostat.core.spec import Resources, Task
 from heliostat.core.stage import Reporter
@@ -100,7 +101,7 @@ def _train_alone(work: TrainWork) -> Any:
 def _run(work: TrainWork, *, rank: int, size: int) -> Any:
     if rank == 0:
         work.reporter.began()
-    with work.carrier.following() if rank == 0 else nullcontext():
+    with writing_to(work.folder), work.carrier.following() if rank == 0 else nullcontext():
         return _train(work, rank=rank, size=size)
 
 

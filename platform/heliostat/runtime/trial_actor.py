@@ -15,6 +15,7 @@ from typing import Any
 
 from ray import tune
 
+from heliostat.core.disk import disk_error
 from heliostat.core.imports import use_root
 from heliostat.errors import HeliostatError
 from heliostat.runtime.hang import waiting
@@ -105,10 +106,9 @@ class TrialRun:
             self._work.do(trial, self._conditions, on_epoch=self._on_epoch, warn=self._warn)
         except _StoppedError:
             pass
-        except HeliostatError as error:
-            self._reason = str(error)
         except Exception as error:
-            self._reason = own_traceback(error)
+            known = disk_error(error, self._conditions.folder) or error
+            self._reason = str(known) if isinstance(known, HeliostatError) else own_traceback(error)
         with self._turn:
             self._over = True
             self._turn.notify_all()

@@ -15,6 +15,7 @@ import uuid
 from importlib.metadata import version
 from pathlib import Path
 
+from heliostat.core.disk import why_not_written
 from heliostat.tracking import quiet
 from heliostat.tracking.writer import SQLITE, UnavailableError
 
@@ -27,7 +28,7 @@ def create_database(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _create_aside_and_link(path)
     except (OSError, sqlite3.Error) as error:
-        raise UnavailableError(str(error)) from error
+        raise UnavailableError(why_not_written(error, path.parent) or str(error)) from error
 
 
 def _create_aside_and_link(path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from heliostat.core.disk import why_not_written
 from heliostat.tracking.artifacts import copy_into, is_gone, write_text
 from heliostat.tracking.database import create_database
 from heliostat.tracking.events import (
@@ -75,7 +76,8 @@ class SqliteWriter:
         path = database_path(target.uri)
         create_database(path)
         self._target = target
-        with _database_errors():
+        self._folder = path.parent
+        with _database_errors(self._folder):
             self._db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")  # `mlflow ui` reads while this writes
             self._db.execute("PRAGMA synchronous = NORMAL")
@@ -114,7 +116,7 @@ class SqliteWriter:
                     pass
         kept = [{"run": run, "key": key, "value": value} for (run, key), value in tags.items() if value is not None]
         gone = [{"run": run, "key": key} for (run, key), value in tags.items() if value is None]
-        with _database_errors(), self._transaction():
+        with _database_errors(self._folder), self._transaction():
             for statement, row in states:
                 self._db.execute(statement, row)
             for statement, rows in (
@@ -195,7 +197,7 @@ class SqliteWriter:
             else:
                 copy_into(Path(data["path"]), place / (data["folder"] or ""))
         except OSError as error:
-            raise UnavailableError(str(error)) from error
+            raise UnavailableError(why_not_written(error, place) or str(error)) from error
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -219,11 +221,11 @@ def _local(artifacts: str) -> Path:
 
 
 @contextmanager
-def _database_errors() -> Iterator[None]:
+def _database_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise UnavailableError(str(error)) from error
+        raise UnavailableError(why_not_written(error, folder) or str(error)) from error
 
 
 def _end_row(run: str, event: Event) -> Row:

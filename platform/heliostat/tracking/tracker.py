@@ -17,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from heliostat.core.disk import why_not_written
 from heliostat.tracking.context import source_tags
 from heliostat.tracking.events import ERROR_FILE, ERROR_TAG, FAILED_NOTE, NOTE_TAG, Event, Kind, Status, cleaned
 from heliostat.tracking.spool import Journal, Spooled, left_behind, mark_delivered
@@ -194,7 +195,8 @@ class Tracker:
         return self._journals[-1]
 
     def _go_on_without_spool(self, error: OSError) -> None:
-        _log.warning("tracking goes on without its spool %s: %s", self._spool, error)
+        why = why_not_written(error, self._spool) or error
+        _log.warning("tracking goes on without its spool %s: %s", self._spool, why)
         self._journal = None
 
     # ---- the delivering thread
@@ -228,7 +230,7 @@ class Tracker:
                     self._why_waiting = str(error).partition("\n")[0]
                 if pause_s == BATCH_S:
                     place = self._spool if self._journal else "memory only"
-                    _log.warning("%s is away; what happens is kept in %s: %s", self._target.uri, place, error)
+                    _log.warning("%s takes nothing now; events are kept in %s: %s", self._target.uri, place, error)
                 if closing:
                     break
                 pause_s = min(2 * pause_s, MAX_PAUSE_S)
