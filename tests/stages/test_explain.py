@@ -162,3 +162,25 @@ def test_the_plan_warns_of_a_scheduler_that_stops_nothing(explained, scheduler, 
 def test_how_many_trials_run_at_once_on_unknown_gpus_is_not_guessed(explained, gpus, warned):
     told = explained(space=LARGE, trials=4, scheduler="asha", at_once=None, cpus_per_worker=0.01, gpus_per_worker=gpus)
     assert ("scheduler" in told) == warned
+
+
+def test_the_plan_says_what_splitting_a_batch_does_to_loss_and_batch_norm(toy):
+    document = toy.document
+    train = document["stages"][1]
+    del train["inputs"]
+    document["stages"] = [train]
+    document["task"]["loss"] = "torch.nn.functional:mse_loss"
+
+    def explained(config, workers=1):
+        train.update({"config": config, "resources": {"workers": workers}})
+        return plan(load_pipeline(toy.write(document))).node("train").explained
+
+    assert explained({}) == {}
+    assert explained({"accumulate_steps": 4}) == {
+        "split_loss": "torch.nn.functional:mse_loss must be a mean over samples or (sum, weight), as is checked before "
+        "training",
+        "batch norm": "if any, by each of the 4 parts of a batch, not by all of it",
+    }
+    several = explained({"strategy": "ddp", "split_loss": "average", "sync_batch_norm": False}, workers=2)
+    assert "may depend on the number of workers" in several["split_loss"]
+    assert "so the curve depends on the number of workers" in several["batch norm"]

@@ -114,17 +114,34 @@ def exact_metrics(world: World, folder: Path) -> dict[str, float]:
     }
 
 
+class ActivatedNorm(nn.BatchNorm2d):
+    """Batch norm with its activation, as timm has it."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        statistics = (self.running_mean, self.running_var, self.weight, self.bias)
+        return nn.functional.batch_norm(inputs, *statistics, self.training, 0.2, self.eps).relu()
+
+
 def batch_norm(world: World, folder: Path) -> dict[str, Any]:
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
-    torch.manual_seed(0)
-    model(torch.zeros(2, 1, 6, 6))
-    data = {"train": blobs(40, 1, 6, 6), "val": blobs(31, 1, 6, 6)}
-    config = TrainConfig(epochs=2, batch_size=8, optimizer=SGD)
-    result = fit(model, data, config, objective=OBJECTIVE, seed=3, world=world)
-    model.load_state_dict(result.state)
+    """41 samples in batches of 8 and one: several workers have nothing of it, or one sample each."""
+
+    def train(**options: Any) -> dict[str, Any]:
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(1, 4, 3), ActivatedNorm(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4, affine=False), nn.ReLU())
+        model = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(16, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 3)
+        )
+        data = {"train": blobs(41, 1, 6, 6), "val": blobs(31, 1, 6, 6)}
+        config = TrainConfig(epochs=2, batch_size=8, optimizer=SGD, monitor="val_loss", **options)
+        result = fit(model, data, config, objective=OBJECTIVE, seed=3, world=world)
+        model.load_state_dict(result.state)
+        after = evaluate(model, data["val"], OBJECTIVE, split="val", batch_size=5)["val_loss"]
+        return {"during": result.metrics["val_loss"], "after": after, "state": result.state, "history": result.history}
+
     return {
-        "during": result.metrics["val_loss"],
-        "after": evaluate(model, data["val"], OBJECTIVE, split="val")["val_loss"],
+        "whole": train(),
+        "in_parts": train(accumulate_steps=3, clip_grad_norm=0.5),
+        "unsynced": train(sync_batch_norm=False),
     }
 
 

@@ -117,6 +117,11 @@ def cnn() -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
 
 
+def normed() -> nn.Module:
+    layers = (nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(16, 3))
+
+
 def transformer() -> nn.Module:
     layers = (nn.Embedding(11, 8), Positions(6, 8), nn.Sequential(Block(8), Block(8)), nn.LayerNorm(8), First())
     return nn.Sequential(*layers, nn.Linear(8, 3))
@@ -139,7 +144,7 @@ def data_for(name: str, num_samples: int) -> TensorDataset:
 
 SMALL_NODE_BYTES = 30_000
 """Too little for two whole copies of a model in training; enough for the parts of the small ones."""
-MODELS = {"mlp": mlp, "cnn": cnn, "transformer": transformer, "attention": attention, "heads": heads}
+MODELS = {"mlp": mlp, "cnn": cnn, "normed": normed, "transformer": transformer, "attention": attention, "heads": heads}
 STRATEGIES: dict[str, Any] = {
     "auto": "auto",
     "single": "single",
@@ -288,6 +293,8 @@ def main(name: str, rank: int, size: int, folder: Path, end: str = "") -> None:
     models = ["transformer"] if name in ("tp-by-plan", "gpipe") else ["mlp", "cnn", "transformer"]
     if name in ("single", "tp", "dp-tp"):
         models += ["attention", "heads"]
+    if name in ("single", "ddp", "fsdp"):
+        models.append("normed")
     if name == "interleaved" or (name == "pp" and size == 4):  # an MLP of three layers has no four stages
         models.remove("mlp")
     results: dict[str, Any] = {model: result(train(model, strategy, world)) for model in models}

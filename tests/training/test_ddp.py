@@ -70,8 +70,24 @@ def test_metrics_are_exact_under_any_world_size(results: Results, size: int) -> 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_the_model_that_is_evaluated_is_the_model_that_is_saved(results: Results, size: int) -> None:
-    figures = results[size]["batch_norm"]
-    assert figures["during"] == pytest.approx(figures["after"], rel=1e-6)
+    for figures in results[size]["batch_norm"].values():
+        assert figures["during"] == pytest.approx(figures["after"], rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", ["whole", "in_parts"])
+def test_batch_norm_takes_its_statistics_of_all_workers(results: Results, size: int, name: str) -> None:
+    one, several = results[1]["batch_norm"][name], results[size]["batch_norm"][name]
+    torch.testing.assert_close(several["state"], one["state"], rtol=1e-4, atol=1e-4)
+    for row, expected in zip(several["history"], one["history"], strict=True):
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-4)
+        assert row["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_batch_norm_of_each_worker_alone_is_asked_for_by_name(results: Results, size: int) -> None:
+    one, several = results[1]["batch_norm"]["unsynced"], results[size]["batch_norm"]["unsynced"]
+    assert several["history"][-1]["val_loss"] != pytest.approx(one["history"][-1]["val_loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -61,7 +61,7 @@ def assert_same_curve(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 def assert_parity(trained: Callable[[str, int], dict[str, Any]], name: str, size: int) -> None:
     several, single = trained(name, size), trained("single", 1)
-    for model in {"mlp", "cnn", "transformer", "attention", "heads"} & set(several):
+    for model in {"mlp", "cnn", "normed", "transformer", "attention", "heads"} & set(several):
         assert_same_curve(several[model], single[model])
 
 

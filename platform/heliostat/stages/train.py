@@ -13,6 +13,7 @@ from heliostat.core.spec import Resources
 from heliostat.core.stage import ConfigView, StageContext, StageResult, Unheard, Validated, stage
 from heliostat.stages.checks import check_arguments, check_loop, check_monitor
 from heliostat.training.config import TrainConfig as TrainConfig
+from heliostat.training.config import explain_split
 
 if TYPE_CHECKING:
     from heliostat.training.progress import Fit
@@ -39,7 +40,7 @@ def _needs(resources: Resources) -> Need:
 def _explain(config: TrainConfig, view: ConfigView) -> Mapping[str, str]:
     least, most = view.resources.workers, view.resources.most_workers
     elastic = {"workers": f"{least} to {most}, as the nodes have room"} if most > least else {}
-    return {**elastic, **_explain_strategy(config, view)}
+    return {**elastic, **_explain_strategy(config, view), **explain_split(config, workers=most, task=view.task)}
 
 
 def _explain_strategy(config: TrainConfig, view: ConfigView) -> Mapping[str, str]:

@@ -31,7 +31,7 @@ from heliostat.stages.tune_config import (
     SchedulerConfig,
     TuneConfig,
 )
-from heliostat.training.config import TrainConfig
+from heliostat.training.config import TrainConfig, explain_split
 
 if TYPE_CHECKING:
     from heliostat.runtime.journal import TrialRecord
@@ -191,6 +191,8 @@ def _explain(config: TuneConfig, view: ConfigView) -> Mapping[str, str]:
         objectives = objectives_of(config, view.task.metric_modes)
         lessons = lessons_of(stated, root=view.root, space=Space.parse(config.space), objectives=objectives)
         explained[place.removeprefix("config.")] = f"learns from trials of an earlier search: {lessons}"
+    workers = view.resources.workers_per_trial
+    explained |= explain_split(config.train, workers=workers, task=view.task)
     if config.evaluate_after:
         passes = [step.chosen for step in config.evaluate_after]
         chain = ", then ".join(f"{uses} ({settings.method})" for uses, settings in passes)

@@ -5,12 +5,12 @@ No torch here: `plan` reads this module.
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from heliostat.core.imports import REFERENCE
-from heliostat.core.model import Count, Flag, Fraction, NonNegative, NonNegativeInt, Number, Positive, Spec
+from heliostat.core.model import ADDED, Count, Flag, Fraction, NonNegative, NonNegativeInt, Number, Positive, Spec
 from heliostat.core.spec import Task
 from heliostat.errors import nearest
 
@@ -262,6 +262,13 @@ class TrainConfig(Spec):
     clip_grad_norm: Positive | None = None
     accumulate_steps: Count = 1
     """In how many parts each worker computes its share of a batch, to save memory; the batch stays `batch_size`."""
+    split_loss: Annotated[Literal["exact", "average"], ADDED] = "exact"
+    """What to do where batches are split and the loss is no mean over samples: refuse it, or average the parts' losses.
+
+    `average` makes the curve depend on the number of workers.
+    """
+    sync_batch_norm: Annotated[Flag, ADDED] = True
+    """Batch norm takes its statistics of the samples of all workers, so that their number changes nothing."""
     early_stop_epochs: NonNegativeInt = 0
     """Stop after this many epochs without a better `val` figure; 0 is never."""
     monitor: str | None = None
@@ -284,9 +291,43 @@ class TrainConfig(Spec):
     def code_references(self) -> tuple[str, ...]:
         return self.optimizer.code_references
 
+    @property
+    def parts_per_worker(self) -> int:
+        """In how many parts each worker computes its share of a batch."""
+        return self.strategy.pp.microbatches if self.strategy.name == "pp" else self.accumulate_steps
+
     def gives_up(self, epoch: int, *, best_epoch: int) -> bool:
         """Whether training stops early after an epoch, the best one being so long ago."""
         return 0 < self.early_stop_epochs <= epoch - best_epoch
+
+
+EXACT_LOSSES = (
+    "torch.nn:CrossEntropyLoss",
+    "torch.nn:NLLLoss",
+    "torch.nn.functional:cross_entropy",
+    "torch.nn.functional:nll_loss",
+)
+"""Those that are exact however a batch is split; `training/torch_losses.py` finds them in other forms too."""
+
+
+def explain_split(config: TrainConfig, *, workers: int, task: Task) -> dict[str, str]:
+    """What becomes of the loss and of batch norm where batches are split into parts, by place in the config."""
+    found = {}
+    if task.train_fn is not None:
+        if workers > 1:
+            found["batch norm"] = "if any, by each worker's own samples: task.train_fn computes as it likes"
+        return found
+    loss = task.train_step or task.loss
+    if workers * config.parts_per_worker > 1 and loss not in EXACT_LOSSES:
+        if config.split_loss == "average":
+            found["split_loss"] = "the parts' losses are averaged, so the curve may depend on the number of workers"
+        else:
+            found["split_loss"] = f"{loss} must be a mean over samples or (sum, weight), as is checked before training"
+    if config.accumulate_steps > 1:
+        found["batch norm"] = f"if any, by each of the {config.accumulate_steps} parts of a batch, not by all of it"
+    if workers > 1 and not config.sync_batch_norm:
+        found["batch norm"] = "if any, by each worker's own samples, so the curve depends on the number of workers"
+    return found
 
 
 def why_not_trained(config: TrainConfig, *, workers: int, task: Task) -> Iterator[str]:

@@ -30,6 +30,7 @@ from heliostat.training.phases import Phases
 from heliostat.training.progress import Fit, OnBest, OnEpoch, Progress, is_better
 from heliostat.training.resume import put_down, take_up
 from heliostat.training.seeding import derive_seed, deterministic_algorithms, seed_everything
+from heliostat.training.split_loss import notes_on_split_loss
 from heliostat.training.strategies import parallelize
 from heliostat.training.strategies.auto import choose_strategy
 from heliostat.training.task import Data, Objective
@@ -109,6 +110,8 @@ def train_epochs(
     monitor, mode = objective.monitor(config)
     require_plain_state(model)
     check_samples(data)
+    if isinstance(objective.loss, nn.Module):
+        objective.loss.to(world.device)
     rule = LossRule(
         batch_loss or (lambda outputs, batch: objective.part_of_loss(outputs, batch[1])),
         train_step=objective.train_step if batch_loss is None else None,
@@ -151,6 +154,9 @@ def train_epochs(
     is_over = config.gives_up(progress.epoch, best_epoch=progress.best_epoch)
     checkpoint_s = 0.0
     layers: Marks = {}
+    notes = dict(least.notes)
+    if batch_loss is None and not is_over:
+        notes |= notes_on_split_loss(parallel, data["train"], config, objective, seed=seed, min_rows=least.rows)
 
     def validate() -> dict[str, float]:
         copy_buffers_from_first(parallel.module, world=parallel.data)
@@ -206,7 +212,7 @@ def train_epochs(
 
     layout.leave()
     record = choice.record() if choice else {}
-    return progress.fit(state=parallel.gather(best_state), choice=record, notes=least.notes)
+    return progress.fit(state=parallel.gather(best_state), choice=record, notes=notes)
 
 
 def _train_epoch(

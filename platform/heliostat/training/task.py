@@ -58,6 +58,11 @@ class Objective:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_as_sum", as_sum(self.loss))
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the loss is known to be that of the global batch, however this is split."""
+        return self._as_sum is not None  # type: ignore[attr-defined]
+
     def part_of_loss(self, outputs: Any, targets: Any) -> Loss:
         """The loss of a batch that may be a part of a larger one: as `(sum, weight)` where it is known to be that."""
         found: Loss = (self._as_sum or self.loss)(outputs, targets)  # type: ignore[attr-defined]

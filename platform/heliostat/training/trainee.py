@@ -12,8 +12,10 @@ from heliostat.training.ema import Ema
 from heliostat.training.losses import LossRule, LossSum
 from heliostat.training.optim import Schedule, build_optimizer, build_schedule, match_layout
 from heliostat.training.strategies import Parallel
+from heliostat.training.strategies.batch_norm import synced_batch_norm
 from heliostat.training.strategies.gradients import clip_gradients, local
 from heliostat.training.strategies.parallel import Weights
+from heliostat.training.world import World
 
 
 @dataclass(frozen=True)
@@ -25,10 +27,13 @@ class Trainee:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     ema: Ema | None
+    syncs_batch_norm: bool = True
 
     def backward(self, batch: Batch, share: Share) -> LossSum:
         """Add a share's part of the gradient; the share's loss."""
-        return self.parallel.backward(batch, share, self.rule)
+        world = self.parallel.data if self.syncs_batch_norm else World()
+        with synced_batch_norm(world, counts=share.num_samples > 0):
+            return self.parallel.backward(batch, share, self.rule)
 
     def step(self, *, clip_grad_norm: float | None) -> None:
         """One optimizer step, with the gradients of a whole global batch, which are cleared."""
@@ -83,4 +88,4 @@ def start_training(
         optimizer, config.scheduler, epochs=config.epochs, steps_per_epoch=steps_per_epoch, mode=mode
     )
     ema = Ema(parallel.module, config.ema_decay) if config.ema_decay is not None else None
-    return Trainee(parallel, rule, optimizer, schedule, ema)
+    return Trainee(parallel, rule, optimizer, schedule, ema, syncs_batch_norm=config.sync_batch_norm)
