@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from heliostat.core.commands import command, note_given, run_again, with_store
+from heliostat.core.credentials import keep_passwords_out_of_sight, redacted
 from heliostat.core.disk import disk_error, with_advice
 from heliostat.errors import HeliostatError
 
@@ -62,7 +63,7 @@ def _console(*, error: bool = False) -> "Console":
 
 
 def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(redacted(document), indent=1, ensure_ascii=False) + "\n")
     sys.stdout.flush()
 
 
@@ -380,9 +381,10 @@ def status(file: ClusterFile) -> None:
 def main() -> None:
     """The `heliostat` command. Exit codes: 0 done, 1 failed, 2 file or flag wrong, 3 can never fit, 130 interrupted."""
     try:
+        keep_passwords_out_of_sight()
         app()
     except HeliostatError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {redacted(str(error))}\n")
         sys.exit(error.exit_code)
     except OSError as error:
         if (full := disk_error(error, Path.cwd())) is None:

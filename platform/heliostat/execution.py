@@ -243,7 +243,7 @@ class Execution:
             # The built-in stages that wait for processes say when they have them.
             if not node.kind.is_built_in or node.kind.needs(node.resources) == NOTHING:
                 context.reporter.began()
-            return node.kind.function(context, node.config)
+            return node.kind.call(context, node.config)
         from heliostat.runtime.hang import NOTE, call_stage_watched, told_where_it_hung
         from heliostat.runtime.mailbox import relay
 

@@ -26,6 +26,7 @@ from heliostat.compression.history import replay
 from heliostat.compression.macs import num_macs
 from heliostat.compression.runtimes import Run, RunOn, on_torch_threads, run_onnx, run_pt2, run_pte, run_tflite
 from heliostat.core.carrier import Files
+from heliostat.core.credentials import revealed
 from heliostat.core.imports import call_isolated
 from heliostat.core.integrity import check_files, digest_of, verify
 from heliostat.core.state import map_state
@@ -188,7 +189,7 @@ def load_torch(folder: Path) -> nn.Module:
         raise ArtifactError(f"the model in {folder} is in the format {record['format']!r}, not a torch model")
     check_code(folder, record.get("files"))
     try:
-        model: nn.Module = call_isolated(record["reference"], folder / "code", record["model_args"])
+        model: nn.Module = call_isolated(record["reference"], folder / "code", revealed(record["model_args"]))
         replay(model, record["history"])
     except HeliostatError as error:
         raise ArtifactError(f"the model in {folder} cannot be built: {error}") from error

@@ -16,7 +16,12 @@ class Spec(BaseModel):
     """A frozen record that refuses unknown fields."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=False, ser_json_inf_nan="constants"
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        validate_default=False,
+        ser_json_inf_nan="constants",
+        hide_input_in_errors=True,  # it may be a password
     )
 
     def identity(self) -> dict[str, Any]:

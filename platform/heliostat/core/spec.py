@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from heliostat.core.capacity import ACCELERATOR, OF_THE_NODE
+from heliostat.core.credentials import has_credentials, hide, redacted, without_user
 from heliostat.core.imports import REFERENCE, reference_to
 from heliostat.core.model import Count, Integer, NonNegative, NonNegativeInt, Positive, Spec
 from heliostat.core.tracking_uri import SQLITE, resolved_uri, why_no_tracking_uri
@@ -202,8 +203,9 @@ class Resources(Spec):
 class Tracking(Spec):
     """Where MLflow keeps its history: by default SQLite under the storage root."""
 
-    uri: str | None = None
-    """A server's address, or `sqlite:///FILE` with a path from the pipeline file's folder."""
+    uri: Annotated[str, AfterValidator(without_user)] | None = None
+    """A server's address, or `sqlite:///FILE` with a path from the pipeline file's folder. Without user and password,
+    which MLflow is given apart from it."""
     experiment: str | None = None
 
     @field_validator("uri")
@@ -238,6 +240,12 @@ class Stage(Spec):
     resources: Resources = Resources()
     retries: NonNegativeInt = 0
 
+    @model_validator(mode="after")
+    def _holds_no_password(self) -> "Stage":
+        hidden: dict[str, Any] = hide(self.config, place=self.name)
+        object.__setattr__(self, "config", hidden)
+        return self
+
     def __init__(self, name: Any = None, config: Any = None, **fields: Any) -> None:
         if name is not None:
             fields["name"] = name
@@ -267,8 +275,13 @@ class Pipeline(Spec):
     @field_validator("storage")
     @classmethod
     def _is_a_folder_or_a_bucket(cls, storage: str | None) -> str | None:
+        if storage is not None and "://" in storage and has_credentials(storage):
+            raise ValueError(
+                f"{redacted(storage)!r}: leave out the credentials, which would be stored with every record; they come "
+                "from where AWS's own tools take them, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         if storage is not None and "://" in storage and not BUCKET.fullmatch(storage):
-            raise ValueError(f"{storage!r} is neither a folder nor s3://BUCKET/PREFIX")
+            raise ValueError(f"{redacted(storage)!r} is neither a folder nor s3://BUCKET/PREFIX")
         return storage
 
     @field_validator("root")

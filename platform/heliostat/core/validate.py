@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from heliostat.core.credentials import redacted
 from heliostat.errors import SpecError, nearest
 
 T = TypeVar("T", bound=BaseModel)
@@ -16,7 +17,7 @@ def validate(model: type[T], data: Any, place: str = "") -> T:
     except ValidationError as error:
         faults = [fault for fault in error.errors(include_url=False) if not _follows_from_another(fault)]
         lines = (_describe(model, data, place, fault) for fault in faults)
-        raise SpecError("\n".join(dict.fromkeys(lines))) from None
+        raise SpecError(redacted("\n".join(dict.fromkeys(lines)))) from None
 
 
 def _follows_from_another(fault: Any) -> bool:
@@ -55,7 +56,7 @@ def _did_you_mean(value: Any, words: list[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = repr(redacted(value))
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Literal
 
 from heliostat.core.commands import with_store
+from heliostat.core.credentials import redacted, without_user
 from heliostat.core.spec import BUCKET
 from heliostat.core.tracking_uri import why_no_tracking_uri
 from heliostat.errors import HeliostatError
@@ -156,7 +157,7 @@ def check_storage(storage: str) -> Iterator[Finding]:
         yield from check_folder(Path(storage))
     elif not BUCKET.fullmatch(storage):
         fix = "--storage s3://BUCKET/PREFIX, or a folder"
-        yield Finding("storage", "problem", f"{storage} is neither a folder nor s3://BUCKET/PREFIX", fix)
+        yield Finding("storage", "problem", f"{redacted(storage)} is neither a folder nor s3://BUCKET/PREFIX", fix)
     else:
         yield check_bucket(storage)
         yield from check_folder(Path(WORKED_IN))
@@ -334,8 +335,17 @@ def _refused(address: str) -> OSError | None:
     return None
 
 
+def check_keyring() -> Iterator[Finding]:
+    """MLflow's file of passwords, if there is one: it is for its owner alone."""
+    file = Path("~/.mlflow/credentials").expanduser()
+    if file.is_file() and file.stat().st_mode & 0o077:
+        yield Finding("keyring", "warning", f"{file} can be read by other users of this machine", f"chmod 600 {file}")
+
+
 def check_tracking(tracking_uri: str | None, storage: str | Path = ".heliostat") -> Iterator[Finding]:
     """Whether an MLflow server answers; a store in a file needs none."""
+    yield from check_keyring()
+    tracking_uri = without_user(tracking_uri) if tracking_uri else None
     problem = why_no_tracking_uri(tracking_uri) if tracking_uri else None
     if problem:
         yield Finding("tracking", "problem", f"{tracking_uri}: {problem}", "--set tracking.uri=ANOTHER")

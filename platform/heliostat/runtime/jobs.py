@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from heliostat.core.commands import SUBMITTED_AS, Given, submit_again
+from heliostat.core.credentials import PASSWORD, USER, has_credentials, redacted, with_user, without_user
 from heliostat.core.load import apply_setting, read_document
 from heliostat.errors import HeliostatError, SpecError
 from heliostat.runtime.auth import token_source, use_token_if_present
@@ -75,13 +76,21 @@ def submit(
     """
     document = read_document(file)
     for setting in settings:
+        if has_credentials(setting):
+            raise SpecError(
+                f"--set {redacted(setting).partition('=')[0]}: whoever sees the job would see the password; set "
+                f"{USER} and {PASSWORD}, or the variable of `env:NAME`, on the cluster's nodes, or write it in {file}"
+            )
         apply_setting(document, setting)
+    address = without_user(address)
     name = document.get("name")
     if not isinstance(name, str) or not name:
         raise SpecError(f"{file}: name: missing; it is required")
     folder = file.resolve().parent
     check_upload(folder)
     given = Given(file, settings, address)
+    if has_credentials(str(document.get("storage"))):
+        raise SpecError("storage: leave out the credentials; the cluster's nodes take them from their environment")
     storage = _lasting_storage(document.get("storage"), name)
     with _connection(address) as client:
         _refuse_twice(client, address, name, storage)
@@ -99,6 +108,7 @@ def submit(
 
 def follow(job_id: str, *, address: str, echo: Callable[[str], None]) -> JobResult:
     """Print the output of a job, from its start, until it ends. Raises HeliostatError when there is no such job."""
+    address = without_user(address)
     with _connection(address) as client:
         return _follow(client, job_id, address, echo)
 
@@ -191,7 +201,7 @@ def _connection(address: str) -> Iterator[Any]:
     # Ray lets these variables override the address that it is given.
     hidden = {v: os.environ.pop(v) for v in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if v in os.environ}
     try:
-        yield JobSubmissionClient(address)
+        yield JobSubmissionClient(with_user(address))
     except AuthenticationError as error:
         raise HeliostatError(f"{address}: {_token_advice(has_token)}") from error
     except ConnectionError as error:

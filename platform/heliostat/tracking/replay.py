@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from heliostat.core.credentials import redacted
 from heliostat.tracking.spool import left_behind, mark_delivered
 from heliostat.tracking.writer import UnavailableError, absolute_uri, open_writer
 
@@ -32,7 +33,7 @@ def replay(spool: Path, uri: str | None = None) -> Replayed:
                     delivered += len(spooled)
                     spooled = []
             except UnavailableError as error:
-                reasons[journal.target.uri] = f"{journal.target.uri} is away: {error}"
+                reasons[journal.target.uri] = redacted(f"{journal.target.uri} is away: {error}")
         waiting += len(spooled)
         journal.release()
     return Replayed(delivered, waiting, tuple(reasons.values()))

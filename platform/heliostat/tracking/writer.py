@@ -2,10 +2,11 @@
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from heliostat.core.credentials import use_for_mlflow
 from heliostat.tracking.events import Event
 
 SQLITE = "sqlite:///"
@@ -38,6 +39,7 @@ class Writer(Protocol):
 
 def open_writer(target: Target) -> Writer:
     """Raises `UnavailableError`."""
+    target = replace(target, uri=use_for_mlflow(target.uri))
     if target.uri.startswith(SQLITE):
         from heliostat.tracking.sqlite import SqliteWriter
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from heliostat.core.credentials import revealed
 from heliostat.core.imports import resolve
 from heliostat.core.spec import Task
 from heliostat.errors import HeliostatError, SpecError, StageError, nearest
@@ -97,7 +98,7 @@ class Objective:
 
 def build_model(task: Task, model_args: Mapping[str, Any]) -> nn.Module:
     """Call the user's model function. Weights come from the global generators: seed them before."""
-    model = resolve(task.model)(**model_args)
+    model = resolve(task.model)(**revealed(model_args, place="model_args"))
     if not isinstance(model, nn.Module):
         raise SpecError(f"task.model: {task.model} returned {type(model).__name__}, not a torch.nn.Module")
     return model
@@ -115,7 +116,7 @@ def build_data(task: Task, data_args: Mapping[str, Any]) -> Data:
 # Keyed by the function itself as well: two pipelines' modules may have one name.
 @lru_cache(maxsize=4)
 def _read_data(function: Callable[..., Any], reference: str, data_args: str) -> Data:
-    data = function(**json.loads(data_args))
+    data = function(**revealed(json.loads(data_args), place="data_args"))
     if not isinstance(data, Mapping):
         raise SpecError(f"task.data: {reference} returned {type(data).__name__}, not a mapping of split to Dataset")
     for split in ("train", "val"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from heliostat.core.credentials import revealed
 from heliostat.core.imports import resolve
 from heliostat.core.spec import Task
 from heliostat.errors import StageError, nearest
@@ -178,7 +179,8 @@ def run_user_loop(
     seed_everything(seed)
     try:
         with suppress(StopTraining), context.ended:
-            train_fn(context, config)
+            given = {"model_args": config.model_args, "data_args": config.data_args}
+            train_fn(context, config.model_copy(update=revealed(given)))
     finally:
         if checkpoints is not None:
             checkpoints.flush()

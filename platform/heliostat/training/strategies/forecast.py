@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from heliostat.core.credentials import revealed
 from heliostat.training.config import TrainConfig
 from heliostat.training.devices import Device, shared, whole_device
 from heliostat.training.losses import LossRule
@@ -17,7 +18,7 @@ def on_meta(build_model: Callable[..., Any], config: TrainConfig) -> nn.Module |
     """The model without weights, or why it cannot be made so: training will then tell."""
     try:
         with torch.device("meta"):
-            model = build_model(**config.model_args)
+            model = build_model(**revealed(config.model_args, place="model_args"))
     except Exception as error:  # a model function may need real tensors
         return f"known when it trains ({type(error).__name__}: {error})"
     return model if isinstance(model, nn.Module) else f"not known: task.model gives {type(model).__name__}, no module"
