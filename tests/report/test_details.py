@@ -60,3 +60,10 @@ def test_candidates_have_the_table_that_a_run_ends_with():
 
 def test_a_record_without_details_shows_none():
     assert shown({}) == ""
+
+
+def test_the_reason_of_each_layer_has_a_line_behind_its_name():
+    text = shown({"pruned": {"channels_removed": {"a": 3}, "kept": {"head": "it gives the output", "b": "too many"}}})
+    assert "pruned.kept" in text
+    assert "head: it gives the output" in text
+    assert "b: too many" in text

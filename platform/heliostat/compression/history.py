@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 
 from heliostat.compression import factorize, parametrizations
-from heliostat.compression.prune import heads, structured
+from heliostat.compression.prune import heads, steps
 from heliostat.compression.quantize import eager
 
 History = list[dict[str, Any]]
 
 REPLAY: dict[str, Callable[[nn.Module, Mapping[str, Any]], None]] = {
     "bake": parametrizations.replay,
-    "structured": structured.replay,
+    "structured": steps.replay,
     "heads": heads.replay,
     "factorize": factorize.replay,
     "int8_linear": eager.replay,

@@ -99,9 +99,18 @@ def replay(model: nn.Module, step: Mapping[str, Any]) -> None:
             _bake_tensor(model.get_submodule(name), tensor)
 
 
+def baked_weights(step: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a step baked, for a record: `{"conv.weight": "weight norm"}`."""
+    return {
+        (f"{layer}.{name}" if layer else name): kind
+        for layer, names in step["tensors"].items()
+        for name, kind in names.items()
+    }
+
+
 def described(tensors: Mapping[str, Mapping[str, str]]) -> str:
     """Return them in words: `conv.weight: weight norm; ...`."""
-    return "; ".join(f"{layer}.{name}: {kind}" for layer, names in tensors.items() for name, kind in names.items())
+    return "; ".join(f"{name}: {kind}" for name, kind in baked_weights({"tensors": tensors}).items())
 
 
 def _of_layer(module: nn.Module) -> dict[str, str]:

@@ -17,8 +17,7 @@ def reason(error: BaseException) -> str:
     """What went wrong, on one line: `model.py:12: `if x.sum() > 0:`: control flow that depends on the data ...`."""
     from torch._dynamo.exc import Unsupported, UserError  # loads a compiler that tracing does without
 
-    place = _in_message(error) or _in_traceback(error)
-    where = f"{place[0]}:{place[1]}: `{place[2]}`: " if place else ""
+    where = _where(_in_message(error) or _in_traceback(error))
     if isinstance(error, GuardOnDataDependentSymNode) or (
         isinstance(error, (Unsupported, UserError)) and "ata-dependent" in str(error)
     ):
@@ -26,10 +25,20 @@ def reason(error: BaseException) -> str:
     return where + first_lines(error)
 
 
+def located(error: BaseException) -> str:
+    """The error on one line, behind the place in the user's own code that raised it."""
+    place = _in_traceback(error)
+    return _where((Path(place[0]).name, *place[1:]) if place else None) + first_lines(error)
+
+
 def first_lines(error: BaseException, limit: int = 300) -> str:
     """The kind of error and how its text begins."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text if len(text) <= limit else text[:limit] + ' ...'}"
+
+
+def _where(place: tuple[str, int, str] | None) -> str:
+    return f"{place[0]}:{place[1]}: `{place[2]}`: " if place else ""
 
 
 def _is_own(file: str) -> bool:

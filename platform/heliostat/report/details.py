@@ -59,13 +59,19 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    """Texts, such as warnings, with a line for each."""
+    """Texts, such as warnings, with a line for each; by name, such as the reason of each layer, behind the name."""
+    if _is_named_texts(value):
+        return "\n".join(f"{name}: {text}" for name, text in value.items())
     is_texts = isinstance(value, list) and all(isinstance(text, str) for text in value)
     return "\n".join(value) if is_texts else value
 
 
 def _is_nested(value: Any) -> bool:
-    return isinstance(value, Mapping) or _is_rows(value)
+    return (isinstance(value, Mapping) and not _is_named_texts(value)) or _is_rows(value)
+
+
+def _is_named_texts(value: Any) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(isinstance(text, str) for text in value.values())
 
 
 def _is_rows(value: Any) -> bool:

@@ -5,7 +5,7 @@ A group is all that has to go when a channel of one layer goes. Recurrent layers
 fixed width, since their own `forward` relies on it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,12 +15,11 @@ import torch_pruning
 from torch import Tensor, nn
 
 from heliostat.compression.layers import WEIGHTED
+from heliostat.compression.prune.dependency import Graph
 from heliostat.compression.quiet import quiet
 
-PRUNABLE = (*WEIGHTED, nn.Embedding)
-"""Layers whose width can change."""
-FIXED_WIDTH = (nn.RNNBase, nn.MultiheadAttention)
-"""Layers that keep their width, as do the neighbours on whose width theirs depends."""
+AT_REST = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+"""Layers that draw random numbers, or mix the rows of a batch, in training mode."""
 
 
 @contextmanager
@@ -38,59 +37,52 @@ def ready_to_trace(model: nn.Module) -> Iterator[None]:
             model.get_parameter(name).requires_grad_(False)
 
 
-def dependencies(model: nn.Module, example: Tensor) -> Any:
-    """The graph of a model that is ready to trace."""
+def dependencies(model: nn.Module, example: Tensor, *, training: bool = False) -> Graph:
+    """The graph of a model that is ready to trace, of its forward in training mode or not."""
     with quiet():
-        return torch_pruning.DependencyGraph().build_dependency(
-            model, example_inputs=example, forward_fn=_forward, customized_pruners=_recurrent_layers()
+        return Graph().build_dependency(
+            model,
+            example_inputs=example,
+            forward_fn=partial(_forward, training=training),
+            customized_pruners=_recurrent_layers(),
         )
 
 
-def groups_by_layer(graph: Any, kept: Mapping[str, str]) -> dict[str, Any]:
-    """The groups none of whose layers is kept, each by the name of the layer that its channels are numbered by."""
-    names = {module: name for name, module in graph.model.named_modules()}
-    ignored = [graph.model.get_submodule(name) for name in kept]
-    groups = graph.get_all_groups(ignored_layers=ignored, root_module_types=PRUNABLE)
-    return {names[group[0].dep.target.module]: group for group in groups}
+def train_at_rest(model: nn.Module, training: bool) -> None:
+    """Set a model's mode; in training mode dropout draws nothing and batch norm leaves its statistics as they are."""
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, AT_REST):
+            module.eval()
 
 
-def kept_by_structure(graph: Any) -> dict[str, str]:
-    """The layers that keep their width, and why: they feed the model's output or a layer of fixed width, or are one."""
-    names = {module: name for name, module in graph.model.named_modules()}
-    kept = {
-        name: f"{type(module).__name__}: its forward relies on its width"
-        for module, name in names.items()
-        if isinstance(module, FIXED_WIDTH)
-    }
-    for group in graph.get_all_groups(root_module_types=PRUNABLE):
-        widths = [dep.target for dep, _ in group if graph.is_out_channel_pruning_fn(dep.handler)]
-        fixed = [dep.target.module for dep, _ in group if isinstance(dep.target.module, FIXED_WIDTH)]
-        if any(not node.outputs for node in widths):
-            reason = "it gives the model's output"
-        elif fixed:
-            reason = f"its width is coupled with that of {names[fixed[0]]!r} ({type(fixed[0]).__name__})"
-        else:
-            continue
-        kept.update({names[node.module]: reason for node in widths if isinstance(node.module, PRUNABLE)})
-    return kept
+def trains_more(model: nn.Module, example: Tensor) -> bool:
+    """Whether layers take part in training that do not in evaluation, such as a head of an auxiliary loss."""
+    called: dict[bool, set[nn.Module]] = {False: set(), True: set()}
+    mode = model.training
 
+    def note(module: nn.Module, given: Any) -> None:
+        called[model.training].add(module)
 
-def channel_groups(graph: Any, group: Any) -> int:
-    """In how many parts of equal size the channels of a group come, as those of a grouped convolution do."""
-    counts = [1]
-    for dep, _ in group:
-        layer = dep.target.module
-        if isinstance(layer, nn.Module) and not _is_depthwise(layer):
-            pruner = graph.get_pruner_of_module(layer)
-            out = graph.is_out_channel_pruning_fn(dep.handler)
-            counts.append(pruner.get_out_channel_groups(layer) if out else pruner.get_in_channel_groups(layer))
-    return max(counts)
+    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, WEIGHTED)]
+    try:
+        for training in called:
+            train_at_rest(model, training)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                model(example)
+    except Exception:  # a training mode that takes more than inputs
+        return False
+    finally:
+        model.train(mode)
+        for hook in hooks:
+            hook.remove()
+    return called[True] > called[False]
 
 
 class Channels:
-    """The convolution and linear weights that go with each channel of a group, wherever they are."""
+    """The convolution and linear weights that go with each channel of a group of the graph, wherever they are."""
 
-    def __init__(self, graph: Any, group: Any) -> None:
+    def __init__(self, graph: Graph, group: Any) -> None:
         self.num_channels = len(group[0].idxs)
         self._parts = [
             (
@@ -116,15 +108,12 @@ class Channels:
         return (squares / counts + 1e-12).sqrt(), counts  # the root has no gradient at 0
 
 
-def _is_depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.modules.conv._ConvNd) and layer.groups == layer.out_channels
-
-
-def _forward(model: nn.Module, example: Tensor) -> Tensor:
+def _forward(model: nn.Module, example: Tensor, *, training: bool) -> Tensor:
     """The forward that is traced: recurrent layers are one operation in it, where autograd sees one for each time step.
 
     (Left to itself, torch-pruning also tries `model(*example)` first: the rows of a batch as separate arguments.)
     """
+    train_at_rest(model, training)
     layers = [m for m in model.modules() if isinstance(m, nn.RNNBase)]
     for layer in layers:
         layer.forward = partial(_recurrent_stand_in, layer)
@@ -157,7 +146,7 @@ class _OneOperation(torch.autograd.Function):
 
 
 class _Recurrent(torch_pruning.pruner.function.BasePruningFunc):  # type: ignore[misc]
-    """How wide a recurrent layer is. None is ever pruned: `kept_by_structure` sees to that."""
+    """How wide a recurrent layer is. None is ever pruned: `couplings` sees to that."""
 
     def prune_out_channels(self, layer: nn.RNNBase, idxs: Sequence[int]) -> nn.Module:
         raise NotImplementedError(f"{type(layer).__name__} keeps its width")

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from heliostat.compression.layers import skipped
 from heliostat.compression.prune.masks import Sparsity, check_sparsity
-from heliostat.compression.prune.structured import Backward
+from heliostat.compression.prune.plan import Backward
 from heliostat.errors import SpecError, StageError
 
 

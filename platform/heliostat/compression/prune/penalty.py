@@ -9,14 +9,10 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from heliostat.compression.layers import skipped
-from heliostat.compression.prune.graph import (
-    Channels,
-    dependencies,
-    groups_by_layer,
-    kept_by_structure,
-    ready_to_trace,
-)
+from heliostat.compression.prune.coupling import couplings
+from heliostat.compression.prune.graph import Channels, dependencies, ready_to_trace, trains_more
 from heliostat.compression.prune.masks import prunable_weights
+from heliostat.compression.prune.plan import cuttable
 from heliostat.errors import StageError
 
 Penalty = Callable[[], Tensor]
@@ -37,13 +33,14 @@ def group_lasso(model: nn.Module, *, example: Tensor, skip: Sequence[str] = ()) 
 
     Raises SpecError for a pattern that matches no layer, and StageError when no channel may be removed.
     """
-    kept = skipped(model, skip)
-    with ready_to_trace(model):
-        graph = dependencies(model, example[:1])
-        groups = groups_by_layer(graph, {**kept_by_structure(graph), **kept}).values()
-        channels = [Channels(graph, group) for group in groups]
-    if not channels:
+    names = cuttable(model, example=example, score="size", skip=skip)
+    if not names:
         raise StageError("there is no channel that a group lasso could remove")
+    training = trains_more(model, example[:1])
+    with ready_to_trace(model):
+        graph = dependencies(model, example[:1], training=training)
+        groups, _ = couplings(graph, skipped(model, skip))
+        channels = [Channels(graph, part.group) for name in names for part in (groups[name], *groups[name].alike)]
 
     def penalty() -> Tensor:
         norms = [group.rms() for group in channels]

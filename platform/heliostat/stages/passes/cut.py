@@ -1,13 +1,16 @@
 """What `prune` takes away in one go: weights, or channels and heads."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
+from heliostat.compression.parametrizations import baked_weights
 from heliostat.compression.prune.heads import attention_layers, remove_heads
 from heliostat.compression.prune.masks import Masks, Sparsity, below, magnitude, two_of_four
-from heliostat.compression.prune.structured import Backward, structured
+from heliostat.compression.prune.plan import Backward
+from heliostat.compression.prune.structured import structured
 from heliostat.stages.passes.workshop import Workshop
 from heliostat.stages.prune import PruneConfig
 
@@ -28,7 +31,7 @@ def cut(
             return model, [], below(model, threshold=config.penalty.threshold, skip=config.skip)
         return model, [], magnitude(model, sparsity=sparsity, scope=config.ranked, skip=config.skip)
     channels, heads = channels_and_heads(model, config, sparsity)
-    model, narrower = cut_channels(shop, model, config, channels)
+    model, narrower = cut_channels(shop, model, config, channels, required=not heads)
     model, fewer = cut_heads(shop, model, config, heads)
     return model, [*narrower, *fewer], None
 
@@ -45,7 +48,14 @@ def channels_and_heads(model: nn.Module, config: PruneConfig, sparsity: Sparsity
 
 
 def cut_channels(
-    shop: Workshop, model: nn.Module, config: PruneConfig, sparsity: Sparsity, *, of: Mapping[str, int] | None = None
+    shop: Workshop,
+    model: nn.Module,
+    config: PruneConfig,
+    sparsity: Sparsity,
+    *,
+    of: Mapping[str, int] | None = None,
+    kept: Mapping[str, str] = MappingProxyType({}),
+    required: bool = True,
 ) -> tuple[nn.Module, Steps]:
     """`structured`, as the config says; the model as it is where no channels are to go."""
     threshold = config.penalty.threshold if config.penalty else None
@@ -53,7 +63,7 @@ def cut_channels(
         return model, []
     return structured(
         model,
-        example=shop.example,
+        example=shop.proof,
         sparsity=sparsity if threshold is None else None,
         of=of,
         threshold=threshold,
@@ -61,6 +71,8 @@ def cut_channels(
         backward=_gradients(shop, config),
         scope=config.ranked,
         skip=config.skip,
+        kept=kept,
+        required=required,
     )
 
 
@@ -79,15 +91,19 @@ def _gradients(shop: Workshop, config: PruneConfig) -> Backward | None:
 
 def described(steps: Sequence[Mapping[str, Any]], masks: Masks | None) -> dict[str, Any]:
     """For the record: what went of which layer, and why other layers were left alone."""
-    if masks is not None:
-        return {"sparsity": masks.sparsity, "layers": masks.sparsities, "kept": dict(masks.kept)}
     found: dict[str, Any] = {}
+    if masks is not None:
+        found |= {"sparsity": masks.sparsity, "layers": masks.sparsities, "kept": dict(masks.kept)}
     for step in steps:
-        if step["op"] == "structured":
+        if step["op"] == "bake":
+            found["baked"] = baked_weights(step)
+        elif step["op"] == "structured":
             removed = found.setdefault("channels_removed", {})
             for name, _, channels in step["groups"]:
                 removed[name] = removed.get(name, 0) + len(channels)
             found["kept"] = step["kept"]
+            if "approximate" in step:
+                found["approximate"] = step["approximate"]
         else:
             found.setdefault("heads_left", {}).update({name: len(heads) for name, heads in step["layers"].items()})
     return found

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from heliostat.compression.layers import skipped
+from heliostat.compression.parametrizations import bake
 from heliostat.compression.prune.heads import attention_layers
 from heliostat.compression.prune.masks import Ramp, Sparsity, risen
 from heliostat.compression.prune.penalty import group_lasso, l1
@@ -35,6 +36,7 @@ Rows = list[dict[str, float]]
 def prune_model(shop: Workshop, source: Source, config: PruneConfig) -> StageResult:
     """Prune the model, fine-tune it, and keep what was cut as a history that can be replayed."""
     model = torch_model(source)
+    baked = bake(model, shop.proof)
     skipped(model, config.skip)  # raises for a pattern that matches nothing, before anything is trained
     sparsity: Sparsity = config.sparsity
     details = {}
@@ -52,10 +54,10 @@ def prune_model(shop: Workshop, source: Source, config: PruneConfig) -> StageRes
         model,
         config,
         source=source,
-        steps=steps,
+        steps=[*baked, *steps],
         after_step=masks.apply if masks else None,
         earlier=rows,
-        details={"pruned": described(steps, masks), **details},
+        details={"pruned": described([*baked, *steps], masks), **details},
     )
 
 
@@ -83,7 +85,7 @@ def _penalized(shop: Workshop, model: nn.Module, config: PruneConfig, penalized:
     if penalized.name == "l1":
         penalty = l1(model, skip=config.skip)
     else:
-        penalty = group_lasso(model, example=shop.example, skip=config.skip)
+        penalty = group_lasso(model, example=shop.proof, skip=config.skip)
 
     def batch_loss(outputs: Tensor, batch: Batch) -> Loss:
         return plus(objective.part_of_loss(outputs, batch[1]), penalized.strength * penalty())
@@ -100,16 +102,17 @@ def _cut_step_by_step(
 
     Each epoch is a training of its own, since the optimizer's state has the shapes of the network.
     """
-    cut(shop, model, config, sparsity)  # raises for what cannot go, before anything is trained
+    _, first, _ = cut(shop, model, config, sparsity)  # raises for what cannot go, before anything is trained
+    kept: dict[str, str] = next((step["kept"] for step in first if step["op"] == "structured"), {})
     channels, heads = channels_and_heads(model, config, sparsity)
-    num_channels = widths(model, example=shop.example, importance=config.importance, skip=config.skip)
+    num_channels = widths(model, example=shop.proof, importance=config.importance, skip=config.skip)
     num_heads = {name: layer.num_heads for name, layer in attention_layers(model, config.skip).items()}
     one_epoch = config.changed(shop.recipe, epochs=1, scheduler=SchedulerConfig())
     steps: Steps = []
     rows: Rows = []
     for epoch in range(1, config.gradual_epochs + 1):
         part = epoch / config.gradual_epochs
-        model, narrower = cut_channels(shop, model, config, risen(channels, part), of=num_channels)
+        model, narrower = cut_channels(shop, model, config, risen(channels, part), of=num_channels, kept=kept)
         model, fewer = cut_heads(shop, model, config, risen(heads, part), of=num_heads)
         steps += [*(step for step in narrower if step["groups"]), *fewer]
         seeded = replace(shop, seed=derive_seed(shop.seed, epoch))

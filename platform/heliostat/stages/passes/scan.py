@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from heliostat.compression.formats import load_torch
+from heliostat.compression.parametrizations import bake
 from heliostat.compression.prune.heads import attention_layers
 from heliostat.compression.prune.masks import layer_of, prunable_weights
 from heliostat.compression.prune.sensitivity import most, spread
@@ -96,7 +97,7 @@ def _sizes(shop: Workshop, model: nn.Module, config: PruneConfig) -> tuple[dict[
     if config.method == "magnitude":
         weights = {layer_of(name): weight.numel() for name, weight in prunable_weights(model, config.skip)[0].items()}
         return weights, weights
-    channels = widths(model, example=shop.example, importance=config.importance, skip=config.skip)
+    channels = widths(model, example=shop.proof, importance=config.importance, skip=config.skip)
     attention = attention_layers(model, config.skip)
     inner = {name: layer.num_heads * layer.head_dim for name, layer in attention.items()}
     return channels | inner, channels | {name: layer.num_heads for name, layer in attention.items()}
@@ -121,6 +122,8 @@ def _pruned_figures(given: _Given, tries: Sequence[Sparsities]) -> list[Figures]
     with TemporaryDirectory(prefix="heliostat-") as folder:
         write_files(given.files, Path(folder))
         for sparsities in tries:
-            model, _, _ = cut(shop, load_torch(Path(folder)), config, sparsities)
+            model = load_torch(Path(folder))
+            bake(model)
+            model, _, _ = cut(shop, model, config, sparsities)
             figures.append(evaluate(model, shop.data["val"], objective, split="val"))
     return figures

@@ -15,6 +15,7 @@ from torch.utils.data import IterableDataset
 from heliostat.compression.formats import load_model, load_torch, save_torch
 from heliostat.compression.measure import compare_outputs
 from heliostat.compression.parity import check_parity, values_of_module
+from heliostat.compression.prune.masked import CHECKED_ROWS
 from heliostat.core.imports import own_sources
 from heliostat.core.mapping import Map, in_turn
 from heliostat.core.spec import Task
@@ -81,6 +82,11 @@ class Workshop:
     def example(self) -> Tensor:
         """A batch of one real sample: what a model is traced with."""
         return self.samples("val", 1)
+
+    @property
+    def proof(self) -> Tensor:
+        """A batch of a few real samples: what changes of a model are proven on before it is trained."""
+        return self.samples("val", CHECKED_ROWS)
 
     def checkpoints(self, phase: str) -> Checkpoints:
         """Where a training keeps its checkpoints: the last one in the folder itself, an earlier phase below."""
