@@ -1,6 +1,7 @@
 """A saved model is the one that was validated, or the stage fails."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,12 @@ from heliostat.core.stage import Validated
 from heliostat.errors import StageError
 from heliostat.stages.measure import measure_quality
 from heliostat.stages.models import fine_tune, save_trained
+from heliostat.stages.train import _check_own
 from heliostat.training.config import TrainConfig
+from heliostat.training.run import run_training
 from heliostat.training.task import build_model
+from heliostat.training.weights import load_weights
+from heliostat.training.world import World
 
 MODELS = '''
 import torch
@@ -40,12 +45,27 @@ class Sampling(nn.Module):
         return functional.dropout(x, 0.3, training=True)
 
 
-LAYERS = {"forgetful": Forgetful, "sampling": lambda width: Sampling(), "plain": lambda width: nn.Identity()}
+PLAIN = dict.fromkeys(("plain", "wrapped", "another", "percent"), lambda width: nn.Identity())
+LAYERS = {"forgetful": Forgetful, "sampling": lambda width: Sampling(), **PLAIN}
 
 
 def build(kind, half=False):
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), LAYERS[kind](16), nn.Linear(16, 3))
     return model
+
+
+def own_loop(context, config):
+    kind = config.model_args["kind"]
+    model = build("plain" if kind != "another" else "sampling")
+    state = {
+        "wrapped": nn.DataParallel(torch.compile(model, backend="eager")).state_dict(),
+        "another": nn.Linear(2, 2).state_dict(),
+    }.get(kind, model.state_dict())
+    rows = toy.build_data()["val"].tensors
+    for epoch in range(3):
+        with torch.no_grad():
+            loss = functional.cross_entropy(model.eval()(rows[0]), rows[1]).item()
+        context.report({"val_loss": 100 * loss if kind == "percent" else loss, "val_gain": epoch}, checkpoint=state)
 
 
 def drawn(outputs, targets):
@@ -113,3 +133,39 @@ def test_what_an_own_loop_computes_in_its_own_way_passes_and_other_weights_do_no
     measured(task, folder, Validated(roughly, by_own_loop=True))
     with pytest.raises(StageError, match=r"task\.train_fn reported the first of each"):
         measured(task, folder, Validated({"val_loss": fitted.metrics["val_loss"] * 2}, by_own_loop=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        ("plain", None),
+        ("wrapped", None),
+        ("another", "the trained weights do not fit the model"),
+        ("percent", r"val_loss 1\d\d.* and 1.*task\.train_fn reported the first"),
+    ],
+)
+def test_an_own_loop_hears_with_its_first_checkpoint_what_could_not_be_kept(bench, kind, problem):
+    (bench.root / "models.py").write_text(MODELS)
+    task = bench.task.model_copy(update={"model": "models:build", "train_fn": "models:own_loop"})
+    context = replace(bench, task=task).context("train")
+    config = TrainConfig(epochs=3, model_args={"kind": kind})
+    rows = []
+
+    def run():
+        return run_training(
+            task,
+            config,
+            world=World(),
+            seed=0,
+            on_epoch=lambda epoch, row: rows.append(row),
+            check_own=partial(_check_own, context, config),
+        )
+
+    if problem is None:
+        fitted = run()
+        load_weights(build_model(task, config.model_args), fitted.state)
+        assert len(rows) == 3
+    else:
+        with pytest.raises(StageError, match=problem):
+            run()
+        assert rows == []

@@ -14,10 +14,14 @@ from heliostat.core.state import map_state
 from heliostat.errors import SpecError, StageError
 from heliostat.stages.passes.workshop import Workshop
 from heliostat.training.config import TrainConfig
+from heliostat.training.seeding import seed_everything
 from heliostat.training.task import build_data, build_model
 from heliostat.training.weights import load_weights
 
 ZOO = '''
+import random
+
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
@@ -72,6 +76,18 @@ class Buffers(nn.Linear):
         return super().forward(x) * self.mask + self.steps + self.phase.real + self.table + self.tenth
 
 
+class Drawing(nn.Linear):
+    """Draws what is no part of its state, once."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("frequencies", torch.randn(4), persistent=False)
+        self.shift = [torch.rand(4), np.random.rand(), random.random()]
+
+    def forward(self, x):
+        return super().forward(x * self.frequencies) + sum(self.shift)
+
+
 class Renamed(nn.Module):
     """Its state has other names than its attributes, by hooks of its own; another hook scales what it gives."""
 
@@ -116,6 +132,7 @@ KINDS = {
     "versioned": lambda: Versioned(4, 4),
     "extra_state": lambda: Counting(4, 4),
     "buffers": lambda: Buffers(4, 4),
+    "drawing": lambda: Drawing(4, 4),
     "renamed": Renamed,
     "tied": tied,
     "normed": normed,
@@ -139,7 +156,19 @@ def build_data(kind=""):
     x, y = x.to(torch.bfloat16 if kind == "half" else x.dtype), torch.arange(24) % 4
     return {"train": TensorDataset(x, y), "val": TensorDataset(x, y)}
 '''
-KINDS = ("versioned", "extra_state", "buffers", "renamed", "tied", "normed", "lazy", "wrapped", "compiled", "half")
+KINDS = (
+    "versioned",
+    "extra_state",
+    "buffers",
+    "drawing",
+    "renamed",
+    "tied",
+    "normed",
+    "lazy",
+    "wrapped",
+    "compiled",
+    "half",
+)
 
 
 def _workshop(tmp_path: Path, kind: str, **settings) -> Workshop:
@@ -163,6 +192,7 @@ def _workshop(tmp_path: Path, kind: str, **settings) -> Workshop:
 @pytest.mark.parametrize("ema_decay", [None, 0.5], ids=["plain", "ema"])
 def test_a_module_of_any_kind_is_saved_as_it_was_trained(tmp_path, kind, ema_decay):
     shop = _workshop(tmp_path, kind, ema_decay=ema_decay)
+    seed_everything(shop.seed)
     model = build_model(shop.task, shop.recipe.model_args)
     fitted = shop.fine_tune(model, shop.recipe)
     shop.save(model.eval())
@@ -173,6 +203,7 @@ def test_a_module_of_any_kind_is_saved_as_it_was_trained(tmp_path, kind, ema_dec
     assert list(saved) == list(state)
 
     # As a run that goes on: the same state from the checkpoint of the last epoch, into a model that is built anew.
+    seed_everything(shop.seed)
     again = build_model(shop.task, shop.recipe.model_args)
     resumed = shop.fine_tune(again, shop.recipe)
     assert resumed.metrics == fitted.metrics

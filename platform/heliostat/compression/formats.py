@@ -14,11 +14,14 @@ folder. Its weights are read without unpickling other objects. A `.pt2` is unpic
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -142,6 +145,7 @@ def save_torch(
     train_config: Mapping[str, Any] | None = None,
     macs: int | None = None,
     quantization: Mapping[str, Any] | None = None,
+    seed: int | None = None,
 ) -> list[str]:
     """Save a torch model so that `load_model` can build it again. Returns the names of the files written.
 
@@ -153,6 +157,8 @@ def save_torch(
         train_config: kept in the record for whoever trains the model on.
         macs: of one row; counted, unless given.
         quantization: what was quantised and how, for the record.
+        seed: of the generators when the model was built: what its constructor draws and keeps out of its state, such
+            as buffers that are not persistent, is drawn again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(map_state(model.state_dict(), _compact), folder / "weights.pt")
@@ -169,6 +175,7 @@ def save_torch(
         "macs": num_macs(model, example) if macs is None else macs,
         "quantization": None if quantization is None else dict(quantization),
         "train_config": None if train_config is None else dict(train_config),
+        "seed": seed,
     }
     sources = [f"code/{path}" for path in code or {}]
     write_record(folder, record, code=sources)
@@ -189,7 +196,8 @@ def load_torch(folder: Path) -> nn.Module:
         raise ArtifactError(f"the model in {folder} is in the format {record['format']!r}, not a torch model")
     check_code(folder, record.get("files"))
     try:
-        model: nn.Module = call_isolated(record["reference"], folder / "code", revealed(record["model_args"]))
+        with _drawing_from(record.get("seed")):
+            model: nn.Module = call_isolated(record["reference"], folder / "code", revealed(record["model_args"]))
         replay(model, record["history"])
     except HeliostatError as error:
         raise ArtifactError(f"the model in {folder} cannot be built: {error}") from error
@@ -200,6 +208,22 @@ def load_torch(folder: Path) -> nn.Module:
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ArtifactError(f"{folder / 'weights.pt'} is damaged or does not fit the model: {error}") from error
     return model.eval()
+
+
+@contextmanager
+def _drawing_from(seed: int | None) -> Iterator[None]:
+    """Within it random numbers are those of the seed, if there is one; after it they go on as before."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
 
 
 def check_code(folder: Path, files: Files | None) -> None:

@@ -33,7 +33,7 @@ from heliostat.runtime.tasks import own_traceback, run_task, use_threads, why_it
 from heliostat.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from heliostat.training.progress import Fit
+    from heliostat.training.progress import Fit, OnCheckpoint
 
 POLL_S = 0.1
 
@@ -52,6 +52,7 @@ class TrainWork:
     finish: "Callable[[Fit], Any] | None"
     data: SharedData | None
     carrier: Carrier
+    check_own: "OnCheckpoint | None" = None
 
     @property
     def hang_note(self) -> Path:
@@ -77,16 +78,18 @@ def train_workers(
     finish: "Callable[[Fit], Any] | None" = None,
     data: SharedData | None = None,
     carrier: Carrier = HERE,
+    check_own: "OnCheckpoint | None" = None,
 ) -> Any:
     """Train with `resources.workers` workers; go on from the newest of `folder/checkpoints` if there are any.
 
-    Gives what `finish`, called by the first worker in its own process, makes of the fit; without it, the fit.
+    Gives what `finish`, called by the first worker in its own process, makes of the fit; without it, the fit. There
+    `check_own` is given the first row and weights that a `task.train_fn` reports together.
     `retries` is how often the workers are started again after one died; for an elastic training, a node that was lost
     does not count. Raises StageError with the user's own traceback when the user's code raises, and KeyboardInterrupt
     when `cancel` is set.
     """
     with relay(reporter) as remote:
-        work = TrainWork(task, config, resources, seed, root, folder, remote, finish, data, carrier)
+        work = TrainWork(task, config, resources, seed, root, folder, remote, finish, data, carrier, check_own)
         with told_where_it_hung(resources.hang_timeout_s, note=work.hang_note):
             if resources.most_workers > 1:
                 return _train_together(work, retries=retries, cancel=cancel)
@@ -143,6 +146,7 @@ def _train(work: TrainWork, *, rank: int, size: int) -> Any:
             on_epoch=on_epoch,
             checkpoints=checkpoints,
             data=data,
+            check_own=work.check_own if rank == 0 else None,
         )
     if rank != 0:
         return None

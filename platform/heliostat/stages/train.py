@@ -100,6 +100,7 @@ def train(context: StageContext, config: TrainConfig) -> StageResult:
     for found in context.inputs.get("params", ()):
         config = overlay(config, found.record.params, place=f"{found.node}'s parameters")
     assert context.cancel is not None
+    apart = replace(context, reporter=Unheard(), cancel=None)
     result: StageResult = train_workers(
         context.task,
         config,
@@ -111,9 +112,33 @@ def train(context: StageContext, config: TrainConfig) -> StageResult:
         cancel=context.cancel,
         retries=context.retries,
         carrier=context.carrier,
-        finish=partial(_keep, replace(context, reporter=Unheard(), cancel=None), config),
+        finish=partial(_keep, apart, config),
+        check_own=partial(_check_own, apart, config),
     )
     return result
+
+
+def _check_own(
+    context: StageContext, config: TrainConfig, row: Mapping[str, float], weights: Mapping[str, Any]
+) -> None:
+    """Raise StageError for weights of another model than the task's, or that give other figures than were reported."""
+    from heliostat.stages.saved import check_saved
+    from heliostat.training.evaluation import evaluate
+    from heliostat.training.seeding import keep_randomness, seed_everything
+    from heliostat.training.task import build_data, build_model, build_objective
+    from heliostat.training.weights import load_weights
+
+    restore_randomness = keep_randomness()
+    try:
+        seed_everything(context.seed)
+        model = build_model(context.task, config.model_args)
+        load_weights(model, weights)
+        objective, data = build_objective(context.task), build_data(context.task, config.data_args)
+        if any(name in row for name in ("val_loss", *(f"val_{metric.name}" for metric in objective.metrics))):
+            measure = partial(evaluate, model, data["val"], objective, split="val")
+            check_saved(context.folder, Validated(row, by_own_loop=True), measure(), data=data, again=measure)
+    finally:
+        restore_randomness()
 
 
 def _keep(context: StageContext, config: TrainConfig, fitted: "Fit") -> StageResult:

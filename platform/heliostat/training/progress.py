@@ -18,6 +18,10 @@ OnBest = Callable[[int, dict[str, Tensor]], None]
 """Called as `on_best(epoch, weights)`; the weights, on CPU and named as in the user's model, are the callee's own."""
 
 
+OnCheckpoint = Callable[[Mapping[str, float], Mapping[str, Any]], None]
+"""Called as `on_checkpoint(row, weights)`."""
+
+
 @dataclass(frozen=True)
 class Fit:
     """What a training run came to."""

@@ -22,7 +22,7 @@ from heliostat.training.batches import counts_of
 from heliostat.training.checkpoints import Checkpoints, State
 from heliostat.training.config import TrainConfig
 from heliostat.training.own_model import spread_for_own_loop, whole_checkpoint
-from heliostat.training.progress import Fit, OnEpoch, Progress, is_better, read_on_first_worker
+from heliostat.training.progress import Fit, OnCheckpoint, OnEpoch, Progress, is_better, read_on_first_worker
 from heliostat.training.seeding import seed_everything
 from heliostat.training.strategies.choice import Choice
 from heliostat.training.strategies.gradients import clip_gradients
@@ -46,6 +46,7 @@ class TrainContext:
         world: World,
         on_epoch: OnEpoch | None,
         checkpoints: Checkpoints | None,
+        check_own: OnCheckpoint | None = None,
     ) -> None:
         self.rank = world.rank
         self.world_size = world.size
@@ -57,6 +58,7 @@ class TrainContext:
         self._objective = objective
         self._on_epoch = on_epoch
         self._checkpoints = checkpoints
+        self._check_own = check_own
         self._progress = Progress()
         self._checkpoint_epochs: list[int] = []
         self._best_state: dict[str, Tensor] | None = None
@@ -99,6 +101,8 @@ class TrainContext:
             checkpoint = whole_checkpoint(checkpoint)
             _require_plain(checkpoint, place="checkpoint")
             state = _model_state(checkpoint)
+            if self._check_own is not None and not self._checkpoint_epochs:
+                self._check_own(row, state)
             is_best = self._beats(best if self._checkpoint_epochs else None)
             self._checkpoint_epochs.append(progress.epoch)
             if is_best:
@@ -169,12 +173,22 @@ def run_user_loop(
     on_epoch: OnEpoch | None = None,
     checkpoints: Checkpoints | None = None,
     require_checkpoint: bool = True,
+    check_own: OnCheckpoint | None = None,
 ) -> Fit:
-    """Call `task.train_fn`, seeded alike on every worker so that all build the same model, and gather its reports."""
+    """Call `task.train_fn`, seeded alike on every worker so that all build the same model, and gather its reports.
+
+    `check_own` is given the first row that comes with a checkpoint, and its weights: what could not be kept in the end
+    is raised before all epochs are over.
+    """
     assert task.train_fn is not None
     train_fn: Callable[[TrainContext, TrainConfig], object] = resolve(task.train_fn)
     context = TrainContext(
-        config, objective=build_objective(task), world=world, on_epoch=on_epoch, checkpoints=checkpoints
+        config,
+        objective=build_objective(task),
+        world=world,
+        on_epoch=on_epoch,
+        checkpoints=checkpoints,
+        check_own=check_own,
     )
     seed_everything(seed)
     try:

@@ -147,6 +147,7 @@ class Workshop:
             history=history,
             code=own_sources([reference], self.root),
             example=self.example,
+            seed=self.seed,
             **more,
         )
 
