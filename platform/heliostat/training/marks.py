@@ -1,7 +1,7 @@
 """A few numbers for each layer, by which the layers of a model that was validated and of the saved one are compared.
 
-Of what a layer gives for the first batch of validation only the mean and the root mean square are kept: enough to find
-the first layer that computes something else, for a few bytes and no computation more.
+Of what a layer gives for the first sample of validation only the mean and the root mean square are kept: enough to find
+the first layer that computes something else, for a few bytes and hardly any computation.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 Marks = dict[str, list[float]]
-"""By layer, in the order in which their first calls end: mean, root mean square and rows of its output. The last is the
-model itself, which has no name."""
+"""By layer, in the order in which their first calls end: mean and root mean square, and the rows of the batch. The
+last is the model itself, which has no name."""
 
 TOLERANCE = 1e-3
 
@@ -32,9 +32,10 @@ def marking(model: nn.Module) -> Iterator[Marks]:
         def note(module: nn.Module, given: Any, output: Any) -> None:
             first = output[0] if isinstance(output, tuple) and output else output
             if name not in marks and isinstance(first, Tensor) and first.numel() and first.layout == torch.strided:
-                values = torch.view_as_real(first) if first.is_complex() else first
-                values = values.detach().double()
                 rows = len(first) if first.ndim else 1
+                values = first[:1] if first.ndim else first  # of all rows it would take longer than the layer itself
+                values = torch.view_as_real(values) if values.is_complex() else values
+                values = values.detach().double()
                 marks[name] = [values.mean().item(), values.square().mean().sqrt().item(), rows]
             if not name:
                 remove()
