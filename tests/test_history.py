@@ -1,13 +1,13 @@
 """What a run tells MLflow of runs before it: which it goes on with, which it ends, and what it mends."""
 
+import time
 from dataclasses import replace
 
 import mlflow
 import pytest
 
 from heliostat.core.artifact import Record, read_record, write_record
-from heliostat.core.outcome import Unwatched
-from heliostat.execution import outcome_of
+from heliostat.core.outcome import Unwatched, outcome_of
 from heliostat.history import History, run_key
 from heliostat.report import runs
 from heliostat.runner import load_pipeline, plan
@@ -235,3 +235,26 @@ def test_a_run_id_that_came_late_is_put_into_the_record_when_the_run_ends(planne
     assert record == replace(record, tracking={**early, **history.ids(node)})
     assert record.tracking["pipeline_run_id"] == run["toy/mine"].info.run_id
     assert "run_id" not in read_record(other.folder).tracking
+
+
+def test_the_seconds_of_a_stage_that_resumes_are_those_of_all_its_attempts(planned):
+    node = planned.node("train")
+    node.folder.parent.mkdir(parents=True)
+    with History.open(planned, "toy/mine", print) as history:
+
+        def attempt():
+            return history.reporter(node, Unwatched(), when_nearly_over=nothing_follows)
+
+        killed = attempt()
+        killed.began(time.time() - 100)  # it waited until now
+        assert killed.seconds < 50
+        killed._began_at = time.time() - 30
+        killed.keep_seconds()
+        resumed = attempt()
+        assert 30 <= resumed.seconds < 50
+        resumed.began()
+        assert 30 <= resumed.seconds < 50
+        resumed.forget_seconds(is_done=True)
+        resumed.keep_seconds()  # as one of the run's main loop does that comes late
+        assert attempt().seconds == 0.0
+    assert list(node.folder.parent.iterdir()) == []

@@ -9,6 +9,7 @@ it in one go; stages that do not look at it start before that. A failed node sto
 
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -22,16 +23,27 @@ from heliostat.core.capacity import NOTHING
 from heliostat.core.carrier import Files, followed, supplied
 from heliostat.core.disk import why_failed
 from heliostat.core.integrity import damaged
-from heliostat.core.outcome import NodeOutcome, Status, View
+from heliostat.core.outcome import NodeOutcome, Status, View, outcome_of, reused
 from heliostat.core.plan import Node, Plan, artifact_of, record_of
 from heliostat.core.stage import SHELF, StageContext, StageResult, call_stage
 from heliostat.errors import ArtifactError, StageError
 from heliostat.history import History, NodeReporter
 from heliostat.mirror import Exchange, Mirror
 from heliostat.stages.falls import falls_of
-from heliostat.stages.measure import Speed, Subject, assess_quality, call_example, measure_speeds, timed
+from heliostat.stages.measure import (
+    Speed,
+    Subject,
+    assess_quality,
+    call_example,
+    folders_of,
+    measure_speeds,
+    timed,
+    with_speed,
+)
 
 POLL_S = 0.2
+KEEP_SECONDS_EVERY_S = 2.0
+"""A process that is killed loses at most so much of the time that its stages have worked."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,8 @@ class Execution:
         self._made: set[str] = set()
         """The nodes whose model is there, measured or not."""
         self._unmeasured: list[_Made] = []
+        self._working: dict[str, NodeReporter] = {}
+        self._kept_at = time.monotonic()
 
     def run(self) -> tuple[list[NodeOutcome], bool]:
         """The outcome of every node in the plan's order, and whether the run was interrupted."""
@@ -75,6 +89,7 @@ class Execution:
                     for future in done:
                         del running[future]
                         self._take(future.result())
+                    self._keep_seconds()
             except KeyboardInterrupt:
                 interrupted = True
                 self._view.note("stopping: what is finished is kept")
@@ -91,6 +106,12 @@ class Execution:
             if self._status(node) == "ran":
                 self._clear_shelves(node)
         return [self._outcomes[node.name] for node in self._plan.nodes], interrupted
+
+    def _keep_seconds(self) -> None:
+        if time.monotonic() - self._kept_at > KEEP_SECONDS_EVERY_S:
+            self._kept_at = time.monotonic()
+            for reporter in list(self._working.values()):
+                reporter.keep_seconds()
 
     def _take(self, results: Iterable[NodeOutcome | _Made]) -> None:
         for result in results:
@@ -146,9 +167,10 @@ class Execution:
     def _make(self, node: Node) -> list[NodeOutcome | _Made]:
         """Run the stage, measure the quality of the model that it made, if any, and record both."""
         anew = node.reason.startswith("forced")
+        reporter = self._working[node.name] = self._reporter(node)
         if anew:
             shutil.rmtree(node.folder, ignore_errors=True)
-        reporter = self._reporter(node)
+            reporter.forget_seconds(is_done=False)
         try:
             node.folder.mkdir(parents=True, exist_ok=True)
             _drop_damaged(node.folder)
@@ -160,13 +182,16 @@ class Execution:
                     example = self._task(node, *call, needed={node.folder: record.files})
                     self._history.chose(node, example)
                 write_record(node.folder, record)
+            reporter.forget_seconds(is_done=True)
         except KeyboardInterrupt:
-            reporter.began()
+            reporter.cut_off()
             self._history.interrupted(node, seconds=reporter.seconds)
             return [outcome_of(node, "skipped", error="interrupted")]
         except Exception as error:
-            reporter.began()
+            reporter.cut_off()
             return [self._failed(node, error, seconds=reporter.seconds)]
+        finally:
+            del self._working[node.name]
         if not node.has_speed:
             return [outcome_of(node, "ran", seconds=record.seconds, metrics=record.metrics)]
         self._view.made(node, record.metrics)
@@ -184,7 +209,7 @@ class Execution:
         )
         result = self._call(node, context)
         reporter.began()
-        seconds, started_at = reporter.seconds, datetime.now(UTC) - timedelta(seconds=reporter.seconds)
+        seconds, started_at = reporter.seconds, datetime.now(UTC) - timedelta(seconds=reporter.seconds_of_attempt)
         exchange(result.files)
         files, metrics, details = digest_files(node.folder, result.files), dict(result.metrics), dict(result.details)
         if node.has_speed:
@@ -294,7 +319,7 @@ class Execution:
         """Their speeds, or why there is none. A model that brings the measurement down does so to itself alone."""
         try:
             subjects = [_subject(made.node, made.artifact) for made in waiting]
-            for folder in _folders_of(subjects):
+            for folder in folders_of(subjects):
                 self._mirror.fetch(folder)
             return self._measure_exclusively(waiting[0].node, subjects)
         except (StageError, ArtifactError) as error:
@@ -303,7 +328,7 @@ class Execution:
             return [speed for made in waiting for speed in self._speeds([made])]
 
     def _measure_exclusively(self, node: Node, subjects: Sequence[Subject]) -> list[Speed | str]:
-        needed = {folder: record.files for folder in _folders_of(subjects) if (record := read_record(folder))}
+        needed = {folder: record.files for folder in folders_of(subjects) if (record := read_record(folder))}
         call = (measure_speeds, subjects, self._plan.pipeline.task)
         measured: list[Speed | str] = self._task(node, *call, needed=needed, exclusive=True)
         return measured
@@ -313,7 +338,7 @@ class Execution:
         try:
             if isinstance(speed, str):
                 raise StageError(speed)
-            record = _with_speed(record, speed)
+            record = with_speed(record, speed)
             self._history.measured(node, record, speed.metrics)
             write_record(node.folder, record)
         except Exception as error:
@@ -337,7 +362,7 @@ class Execution:
             for artifact, speed in zip(list(artifacts.values()), self._measure_exclusively(node, subjects)):
                 if isinstance(speed, str):
                     raise StageError(f"{artifact.node}: {speed}")
-                artifacts[artifact.folder] = replace(artifact, record=_with_speed(artifact.record, speed))
+                artifacts[artifact.folder] = replace(artifact, record=with_speed(artifact.record, speed))
         return {slot: tuple(artifacts[artifact.folder] for artifact in group) for slot, group in inputs.items()}
 
     def _failed(self, node: Node, error: Exception, *, seconds: float, made: Record | None = None) -> NodeOutcome:
@@ -362,16 +387,6 @@ def _subject(node: Node, artifact: Artifact) -> Subject:
     return Subject(node.folder, artifact.record.params, getattr(node.config, "method", node.kind.name), source)
 
 
-def _folders_of(subjects: Iterable[Subject]) -> set[Path]:
-    return {folder for subject in subjects for folder in (subject.folder, subject.source) if folder}
-
-
-def _with_speed(record: Record, speed: Speed) -> Record:
-    return replace(
-        record, metrics={**record.metrics, **speed.metrics}, details={**record.details, "speed": speed.details}
-    )
-
-
 def call_up_first(planned: Plan) -> None:
     """Have the processes started of the nodes that wait for no other."""
     for node in planned.nodes:
@@ -382,11 +397,3 @@ def call_up_first(planned: Plan) -> None:
 def _call_up(node: Node) -> None:
     if node.kind.call_up is not None:
         node.kind.call_up(node.folder, node.resources)
-
-
-def outcome_of(node: Node, status: Status, **more: Any) -> NodeOutcome:
-    return NodeOutcome(node.name, node.stage, node.uses, status, node.fingerprint, node.folder, **more)
-
-
-def reused(node: Node) -> NodeOutcome:
-    return outcome_of(node, "reused", metrics=record_of(node).metrics)

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -248,6 +248,10 @@ class NodeReporter:
         self._tracker, self._key, self._node, self._view = tracker, key, node, view
         self._when_nearly_over, self._begin = when_nearly_over, begin
         self._lock = threading.Lock()
+        self._seconds_file = node.folder.with_name(f".{node.fingerprint}.seconds")
+        """Beside the folder, whose files are the stage's: the seconds so far, for an attempt that resumes."""
+        self._earlier_s = float(self._seconds_file.read_text()) if self._seconds_file.exists() else 0.0
+        self._is_done = False
         self._since = time.time()
         self._began_at: float | None = None
         self.params: Mapping[str, Any] = {}
@@ -266,8 +270,31 @@ class NodeReporter:
 
     @property
     def seconds(self) -> float:
-        """How long the stage has worked; waiting for CPUs and processes before that does not count."""
+        """How long the stage has worked, with the attempts that it resumes; waiting to begin does not count."""
+        return self._earlier_s + self.seconds_of_attempt
+
+    @property
+    def seconds_of_attempt(self) -> float:
         return 0.0 if self._began_at is None else max(0.0, time.time() - self._began_at)
+
+    def keep_seconds(self) -> None:
+        """Let an attempt that resumes this one know how long it has worked."""
+        aside = self._seconds_file.with_suffix(".tmp")
+        with self._lock, suppress(OSError):  # a full disk ends the stage by itself, and this is one figure
+            if not self._is_done:
+                aside.write_text(f"{self.seconds:.3f}")
+                aside.rename(self._seconds_file)
+
+    def cut_off(self) -> None:
+        """The stage failed or was interrupted, perhaps before it could begin."""
+        self.began()
+        self.keep_seconds()
+
+    def forget_seconds(self, *, is_done: bool) -> None:
+        """The node is done, or begins anew."""
+        with self._lock:
+            self._earlier_s, self._is_done = 0.0, is_done
+            self._seconds_file.unlink(missing_ok=True)
 
     def _trial(self, trial: str) -> str:
         return f"{self._key}/{trial}"

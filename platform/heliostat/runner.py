@@ -14,13 +14,13 @@ from heliostat.core.artifact import RECORD, read_record
 from heliostat.core.capacity import Capacity
 from heliostat.core.commands import run_again
 from heliostat.core.disk import disk_error, why_not_written, with_advice
-from heliostat.core.outcome import NodeOutcome, RunResult, Unwatched, View
+from heliostat.core.outcome import NodeOutcome, RunResult, Unwatched, View, outcome_of, reused
 from heliostat.core.plan import Plan, check_fits, plan_pipeline, record_of
 from heliostat.core.spec import Pipeline
 from heliostat.core.stage import built_in_kind
 from heliostat.core.tracking_uri import check_place
 from heliostat.errors import ArtifactError, SpecError
-from heliostat.execution import Execution, call_up_first, outcome_of, reused
+from heliostat.execution import Execution, call_up_first
 from heliostat.history import History, run_key
 from heliostat.mirror import Mirror, mirror_of
 from heliostat.report import runs

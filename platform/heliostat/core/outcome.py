@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from heliostat.core.plan import Node, Plan
+from heliostat.core.plan import Node, Plan, record_of
 
 Status = Literal["ran", "reused", "failed", "skipped"]
 
@@ -23,6 +23,14 @@ class NodeOutcome:
     seconds: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+
+
+def outcome_of(node: Node, status: Status, **more: Any) -> NodeOutcome:
+    return NodeOutcome(node.name, node.stage, node.uses, status, node.fingerprint, node.folder, **more)
+
+
+def reused(node: Node) -> NodeOutcome:
+    return outcome_of(node, "reused", metrics=record_of(node).metrics)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from heliostat.core.artifact import Record
 from heliostat.core.spec import Task
 from heliostat.core.stage import Validated
 from heliostat.errors import StageError
@@ -58,6 +59,15 @@ class Subject:
     """What was done to it."""
     source: Path | None = None
     """The folder of the model that it came from."""
+
+
+def folders_of(subjects: Iterable[Subject]) -> set[Path]:
+    return {folder for subject in subjects for folder in (subject.folder, subject.source) if folder}
+
+
+def with_speed(record: Record, speed: Speed) -> Record:
+    metrics, details = {**record.metrics, **speed.metrics}, {**record.details, "speed": speed.details}
+    return replace(record, metrics=metrics, details=details)
 
 
 def timed(function: Callable[..., R], *args: Any) -> tuple[R, float]:
