@@ -1,5 +1,5 @@
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from heliostat.training.run import run_training
 from heliostat.training.world import World
 
 CaseFile = Callable[[str], Path]
+TrainStages = Callable[..., dict[str, Fit]]
 
 
 @pytest.fixture
@@ -21,21 +22,22 @@ def case_file(tmp_path: Path) -> CaseFile:
 
     def copy(name: str) -> Path:
         folder, _, file = name.partition("/")
-        return Path(shutil.copytree(Path(__file__).parent / folder, tmp_path / folder)) / file
+        return Path(shutil.copytree(Path(__file__).parent / folder, tmp_path / folder, dirs_exist_ok=True)) / file
 
     return copy
 
 
 @pytest.fixture
-def train_stages(case_file: CaseFile) -> Callable[[str], dict[str, Fit]]:
-    """Run the `train` stages of a pipeline file, with one worker, in this process."""
+def train_stages(case_file: CaseFile) -> TrainStages:
+    """Run the `train` stages of a pipeline file, or those named, with one worker, in this process."""
 
-    def run(name: str) -> dict[str, Fit]:
+    def run(name: str, only: Sequence[str] = ()) -> dict[str, Fit]:
         torch.set_num_threads(1)
         file = case_file(name)
         use_root(file.parent)
         pipeline = load_pipeline(file)
-        configs = {s.name: TrainConfig.model_validate(s.config) for s in pipeline.stages if s.uses == "train"}
+        stages = [s for s in pipeline.stages if s.uses == "train" and (not only or s.name in only)]
+        configs = {s.name: TrainConfig.model_validate(s.config) for s in stages}
         return {name: run_training(pipeline.task, config, world=World(), seed=0) for name, config in configs.items()}
 
     return run

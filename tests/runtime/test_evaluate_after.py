@@ -261,7 +261,7 @@ def rows(tmp_path):
         with gate.at_work():
             for epoch, accuracy in enumerate(accuracies, 1):
                 if accuracy > max(accuracies[: epoch - 1], default=-1.0):
-                    appraiser.best(epoch, {"epoch": epoch})
+                    appraiser.best(epoch, {"epoch": epoch}, {})
                 appraiser.epoch(epoch, {"train_loss": 1.0, "val_accuracy": accuracy, "val_s": 2.0})
         return reported, measured
 

@@ -114,6 +114,22 @@ def exact_metrics(world: World, folder: Path) -> dict[str, float]:
     }
 
 
+class Centres(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 16, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(outputs @ self.weight.T, targets)
+
+
+def trained_loss(world: World, folder: Path) -> dict[str, Any]:
+    data, model = {"train": blobs(41, 8), "val": blobs(31, 8)}, mlp()[:2]
+    config = TrainConfig(epochs=2, batch_size=8, optimizer=SGD, accumulate_steps=2, clip_grad_norm=0.5)
+    result = fit(model, data, config, objective=Objective(Centres()), seed=3, world=world)
+    return {"state": {**result.state, **result.loss_state}, "val_loss": result.metrics["val_loss"]}
+
+
 class ActivatedNorm(nn.BatchNorm2d):
     """Batch norm with its activation, as timm has it."""
 
@@ -257,6 +273,7 @@ SCENARIOS = (
     weighted,
     exact_metrics,
     batch_norm,
+    trained_loss,
     left_over,
     one_worker_stops,
     resumed,

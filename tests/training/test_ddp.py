@@ -85,6 +85,14 @@ def test_batch_norm_takes_its_statistics_of_all_workers(results: Results, size: 
 
 
 @pytest.mark.parametrize("size", [2, 3])
+def test_a_loss_with_parameters_is_trained_by_all_workers(results: Results, size: int) -> None:
+    one, several = results[1]["trained_loss"], results[size]["trained_loss"]
+    assert not torch.allclose(one["state"]["weight"], torch.randn(3, 16, generator=torch.Generator().manual_seed(1)))
+    torch.testing.assert_close(several["state"], one["state"], rtol=0, atol=1e-5)
+    assert several["val_loss"] == pytest.approx(one["val_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 3])
 def test_batch_norm_of_each_worker_alone_is_asked_for_by_name(results: Results, size: int) -> None:
     one, several = results[1]["batch_norm"]["unsynced"], results[size]["batch_norm"]["unsynced"]
     assert several["history"][-1]["val_loss"] != pytest.approx(one["history"][-1]["val_loss"], abs=1e-4)

@@ -34,6 +34,7 @@ class Measure(Protocol):
         self,
         weights: "dict[str, Tensor]",
         *,
+        loss_state: "dict[str, Tensor]",
         validated: Mapping[str, float],
         config: TrainConfig,
         data: "Data",
@@ -98,13 +99,14 @@ class Appraiser:
         self._config, self._data, self._compared_at = config, data, compared_at
         self._best_epoch = 0
         self._weights: dict[str, Tensor] = {}
+        self._loss_state: dict[str, Tensor] = {}
         self._best_row: Mapping[str, float] = {}
         self._figures: dict[str, float] | None = None
         """Of these weights; None while they are not measured."""
 
-    def best(self, epoch: int, weights: "dict[str, Tensor]") -> None:
+    def best(self, epoch: int, weights: "dict[str, Tensor]", loss_state: "dict[str, Tensor]") -> None:
         """An epoch is the best so far."""
-        self._best_epoch, self._weights = epoch, weights
+        self._best_epoch, self._weights, self._loss_state = epoch, weights, loss_state
         if self._appraisal.compresses:
             self._figures = None
 
@@ -127,6 +129,7 @@ class Appraiser:
         if self._figures is None:
             self._figures = self._appraisal.measure(
                 self._weights,
+                loss_state=self._loss_state,
                 validated=self._best_row,
                 config=self._config,
                 data=self._data,

@@ -32,7 +32,7 @@ def export(context: StageContext, config: ExportConfig) -> StageResult:
     """Export the model in the slot `model` and compare the outcome, loaded again, with it: too far apart, it fails."""
     from heliostat.compression.export import save_onnx
     from heliostat.compression.programs import save_program
-    from heliostat.stages.models import describe, parity, samples, torch_model, train_config_of
+    from heliostat.stages.models import describe, parity, samples, torch_model, train_config_of, workshop_of
     from heliostat.stages.passes.workshop import PARITY_SAMPLES
 
     source = context.one("model")
@@ -45,7 +45,7 @@ def export(context: StageContext, config: ExportConfig) -> StageResult:
         files = save_program(model, context.folder, example=example, format=config.format)
     details = {"opset": describe(context.folder)["opset"]} if config.format == "onnx" else {}
     return StageResult(
-        files=files,
+        files=[*files, *workshop_of(context, recipe).save_loss()],
         params=source.record.params,
         details={**details, "parity": {"source": parity(context, recipe, model, against=source.node)}},
     )

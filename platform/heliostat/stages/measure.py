@@ -121,9 +121,10 @@ def assess_quality(folder: Path, task: Task, params: Mapping[str, Any], validate
     from heliostat.stages.models import describe
     from heliostat.training.evaluation import evaluate
     from heliostat.training.task import build_data, build_objective
+    from heliostat.training.trained_loss import load_loss
 
     model = load_model(folder)
-    data, objective = build_data(task, recipe_of(params).data_args), build_objective(task)
+    data, objective = build_data(task, recipe_of(params).data_args), build_objective(task, load_loss(folder))
     figures: dict[str, float] = {
         "size_mb": size_mb(folder),
         "size_zip_mb": size_zip_mb(folder),

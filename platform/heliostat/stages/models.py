@@ -1,6 +1,7 @@
 """What stages that make models share: from an artifact to a torch model and back, fine-tuning, and parity."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,9 @@ def workshop_of(context: StageContext, recipe: TrainConfig) -> "Workshop":
     from heliostat.runtime.side_by_side import side_by_side
     from heliostat.stages.passes.workshop import Workshop
     from heliostat.training.task import build_data
+    from heliostat.training.trained_loss import load_loss
 
+    trained = [load_loss(source.folder) for sources in context.inputs.values() for source in sources]
     return Workshop(
         task=context.task,
         recipe=recipe,
@@ -34,6 +37,7 @@ def workshop_of(context: StageContext, recipe: TrainConfig) -> "Workshop":
         shelf=context.shelf,
         on_epoch=lambda epoch, row: context.reporter.metrics(row, step=epoch),
         warn=context.reporter.warn,
+        loss_state=next(filter(None, trained), {}),
         side_by_side=partial(side_by_side, root=context.root, retries=context.retries),
     )
 
@@ -67,9 +71,17 @@ def describe(folder: Path) -> dict[str, Any]:
     return document
 
 
-def save_trained(context: StageContext, model: "nn.Module", *, config: TrainConfig, **more: Any) -> list[str]:
-    """`Workshop.save` in a stage, of a model trained by `config`."""
-    return workshop_of(context, config).save(model, **more)
+def save_trained(
+    context: StageContext,
+    model: "nn.Module",
+    *,
+    config: TrainConfig,
+    loss_state: "dict[str, Tensor] | None" = None,
+    **more: Any,
+) -> list[str]:
+    """`Workshop.save` in a stage, of a model trained by `config`, and of the loss as it was trained with it."""
+    shop = workshop_of(context, config)
+    return (shop if loss_state is None else replace(shop, loss_state=loss_state)).save(model, **more)
 
 
 def fine_tune(context: StageContext, model: "nn.Module", config: TrainConfig, **more: Any) -> "Fit":

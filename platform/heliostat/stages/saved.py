@@ -83,10 +83,11 @@ def check_made(shop: "Workshop", result: StageResult) -> None:
     from heliostat.training.config import TrainConfig
     from heliostat.training.evaluation import evaluate
     from heliostat.training.task import build_data, build_objective
+    from heliostat.training.trained_loss import load_loss
 
     recipe = TrainConfig.model_validate(result.params["train"]) if result.params else shop.recipe
     data = shop.data if recipe.data_args == shop.recipe.data_args else build_data(shop.task, recipe.data_args)
-    model, objective = load_model(shop.folder), build_objective(shop.task)
+    model, objective = load_model(shop.folder), build_objective(shop.task, load_loss(shop.folder))
     measure = partial(evaluate, model, data["val"], objective, split="val")
     check_saved(shop.folder, result.validated, measure(), data=data, again=measure)
 

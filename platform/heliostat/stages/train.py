@@ -151,7 +151,7 @@ def _keep(context: StageContext, config: TrainConfig, fitted: "Fit") -> StageRes
     seed_everything(context.seed)
     model = build_model(context.task, config.model_args)
     load_weights(model, fitted.state)
-    files = save_trained(context, model.eval(), config=config)
+    files = save_trained(context, model.eval(), config=config, loss_state=fitted.loss_state)
     return StageResult(
         files=files,
         metrics=fitted.metrics,

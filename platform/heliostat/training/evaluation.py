@@ -38,6 +38,8 @@ def evaluate(
     batch_size = batch_size or (CPU_BATCH_SIZE if world.device.type == "cpu" else ACCELERATOR_BATCH_SIZE)
     if isinstance(model, nn.Module):
         model.eval()
+    if isinstance(objective.loss, nn.Module):
+        objective.loss.eval()
     num_samples = len(dataset)  # type: ignore[arg-type]
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     outputs, targets = [], []

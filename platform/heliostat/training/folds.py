@@ -43,7 +43,8 @@ def cross_validate(
     for data in folds:
         seed_everything(seed)
         model = build_model(task, config.model_args)
-        trainings.append(train_epochs(model, data, alone, objective=objective, seed=seed, world=world))
+        own = build_objective(task)  # a loss may have parameters
+        trainings.append(train_epochs(model, data, alone, objective=own, seed=seed, world=world))
 
     means: list[float] = []
     best_epoch, stop, fits = 0, None, list[Fit]()

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from heliostat.training.batches import Batch, epoch_batches, first_rows, first_sample, num_steps
@@ -33,7 +33,9 @@ from heliostat.training.seeding import derive_seed, deterministic_algorithms, se
 from heliostat.training.split_loss import notes_on_split_loss
 from heliostat.training.strategies import parallelize
 from heliostat.training.strategies.auto import choose_strategy
+from heliostat.training.strategies.parallel import copy_on_cpu
 from heliostat.training.task import Data, Objective
+from heliostat.training.trained_loss import trained_loss
 from heliostat.training.trainee import Trainee, start_training
 from heliostat.training.weights import require_plain_state
 from heliostat.training.world import World, any_worker, copy_buffers_from_first
@@ -110,8 +112,8 @@ def train_epochs(
     monitor, mode = objective.monitor(config)
     require_plain_state(model)
     check_samples(data)
-    if isinstance(objective.loss, nn.Module):
-        objective.loss.to(world.device)
+    loss = trained_loss(objective, config, world=world, by_another=batch_loss is not None)
+    loss_before: dict[str, Tensor] = copy_on_cpu(loss.state_dict()) if loss is not None else {}
     rule = LossRule(
         batch_loss or (lambda outputs, batch: objective.part_of_loss(outputs, batch[1])),
         train_step=objective.train_step if batch_loss is None else None,
@@ -141,7 +143,7 @@ def train_epochs(
         model.compile()
     parallel = parallelize(model, config.strategy, world, batch_size=config.batch_size, example=lambda: example()[0])
     steps_per_epoch = config.steps_per_epoch or num_steps(data["train"], config.batch_size, min_rows=least.rows)
-    trainee = start_training(parallel, rule, config, steps_per_epoch=steps_per_epoch, mode=mode)
+    trainee = start_training(parallel, rule, config, steps_per_epoch=steps_per_epoch, mode=mode, loss=loss)
 
     parallel.module.eval()
     with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
@@ -150,7 +152,7 @@ def train_epochs(
             optimizer=trainee.optimizer,
         )
 
-    progress, best_state = take_up(trainee, checkpoints, world=world)
+    progress, best_state, best_loss = take_up(trainee, checkpoints, world=world)
     is_over = config.gives_up(progress.epoch, best_epoch=progress.best_epoch)
     checkpoint_s = 0.0
     layers: Marks = {}
@@ -160,7 +162,9 @@ def train_epochs(
 
     def validate() -> dict[str, float]:
         copy_buffers_from_first(parallel.module, world=parallel.data)
-        parallel.module.eval()
+        if loss is not None:
+            copy_buffers_from_first(loss, world=parallel.data)
+        trainee.train(False)
 
         def measured() -> dict[str, float]:
             nonlocal layers
@@ -198,9 +202,10 @@ def train_epochs(
         progress.history.append(row)
         if is_best:
             progress.best_epoch, best_state = epoch, trainee.keep_weights_that_count()
+            best_loss = _changed(trainee.keep_loss_that_counts(), loss_before)
             progress.layers = layers
             if on_best is not None:
-                on_best(epoch, parallel.gather(best_state))
+                on_best(epoch, parallel.gather(best_state), best_loss)
         asked_to_stop = (yield epoch, row) is True
         is_stale = config.gives_up(epoch, best_epoch=progress.best_epoch)
         is_over = any_worker(asked_to_stop or is_stale, world=world)
@@ -212,7 +217,13 @@ def train_epochs(
 
     layout.leave()
     record = choice.record() if choice else {}
-    return progress.fit(state=parallel.gather(best_state), choice=record, notes=notes)
+    best_loss = _changed(best_loss, loss_before)
+    return progress.fit(state=parallel.gather(best_state), choice=record, loss_state=best_loss, notes=notes)
+
+
+def _changed(state: dict[str, Tensor], before: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a loss, or nothing where it is what it was before training, such as weights of classes."""
+    return state if any(not torch.equal(tensor, before[name]) for name, tensor in state.items()) else {}
 
 
 def _train_epoch(
@@ -244,7 +255,7 @@ def _train_epoch(
     )
     losses, step, lr = LossMeter(epoch=epoch, world=parallel.data), 1, 0.0
 
-    parallel.module.train()
+    trainee.train()
     for share, batch in phases.waiting("data", batches):
         with phases.time("train"):
             loss = layout.attempt(partial(trainee.backward, batch, share), optimizer=trainee.optimizer)
@@ -258,14 +269,13 @@ def _train_epoch(
             trainee.step(clip_grad_norm=config.clip_grad_norm)
             if after_step is not None:
                 after_step(parallel.module)
-            if trainee.ema is not None:
-                trainee.ema.update()
+            trainee.update_averages()
             step, progress.steps = step + 1, progress.steps + 1
 
         if config.validate_every_steps and progress.steps % config.validate_every_steps == 0:
             with phases.time("val"):
                 progress.validations.append({"step": progress.steps, **validate()})
-            parallel.module.train()
+            trainee.train()
 
     train_loss, num_samples = losses.mean()
     samples_per_s = num_samples / (time.perf_counter() - started)

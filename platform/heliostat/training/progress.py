@@ -14,8 +14,9 @@ from heliostat.training.world import World, from_first_worker
 OnEpoch = Callable[[int, Mapping[str, float]], bool | None]
 """Called as `on_epoch(epoch, row)` on every worker; True on any of them ends the training."""
 
-OnBest = Callable[[int, dict[str, Tensor]], None]
-"""Called as `on_best(epoch, weights)`; the weights, on CPU and named as in the user's model, are the callee's own."""
+OnBest = Callable[[int, dict[str, Tensor], dict[str, Tensor]], None]
+"""Called as `on_best(epoch, weights, loss_state)`; the tensors, on CPU, are the callee's own. The weights are named as
+in the user's model; the loss has a state only where training changes it."""
 
 
 OnCheckpoint = Callable[[Mapping[str, float], Mapping[str, Any]], None]
@@ -43,6 +44,8 @@ class Fit:
     """The best epoch's marks of each layer (`marks.py`), where they were taken."""
     choice: Mapping[str, Any] = field(default_factory=dict)
     """The strategy that `auto` took, why, and the memory that it was weighed by, as JSON values."""
+    loss_state: dict[str, Tensor] = field(default_factory=dict)
+    """The best epoch's state of the task's loss, on CPU, where training changed it."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """What was done otherwise than the config says, and why, for the record's details."""
 
@@ -60,7 +63,12 @@ class Progress:
     layers: dict[str, list[float]] = field(default_factory=dict)
 
     def fit(
-        self, *, state: dict[str, Tensor], choice: Mapping[str, Any], notes: Mapping[str, str] | None = None
+        self,
+        *,
+        state: dict[str, Tensor],
+        choice: Mapping[str, Any],
+        loss_state: dict[str, Tensor] | None = None,
+        notes: Mapping[str, str] | None = None,
     ) -> Fit:
         """The result of a run that has ended, `state` being its best epoch's."""
         return Fit(
@@ -73,6 +81,7 @@ class Progress:
             seconds=sum(row["seconds"] for row in self.history),
             layers=self.layers,
             choice=choice,
+            loss_state=loss_state or {},
             notes=notes or {},
         )
 

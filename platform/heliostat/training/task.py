@@ -4,6 +4,7 @@ Data is read once per process, or for a whole search (`runtime/shared_data.py`):
 has the same memory, so datasets must not be changed in place.
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -156,11 +157,18 @@ class _Rows(IterableDataset[tuple[Any, ...]]):
         raise TypeError("the blocks of a Ray Data dataset end with the process that read them")
 
 
-def build_objective(task: Task) -> Objective:
-    """The loss and the metrics. A loss class such as `torch.nn:CrossEntropyLoss` is instantiated with its defaults."""
+def build_objective(task: Task, loss_state: Mapping[str, Tensor] | None = None) -> Objective:
+    """The loss and the metrics. A loss class such as `torch.nn:CrossEntropyLoss` is instantiated with its defaults.
+
+    A module is the caller's own, and has the state, if any, that it was trained to.
+    """
     loss = resolve(task.loss)
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         loss = loss()
+    elif isinstance(loss, nn.Module):
+        loss = copy.deepcopy(loss)
+    if isinstance(loss, nn.Module) and loss_state:
+        loss.load_state_dict(loss_state)
     metrics = tuple(Metric(name=m.name, function=resolve(m.reference), mode=m.mode) for m in task.metrics)
     train_step = resolve(task.train_step) if task.train_step else None
     return Objective(loss=loss, metrics=metrics, train_step=train_step)

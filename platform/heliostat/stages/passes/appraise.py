@@ -24,6 +24,7 @@ from heliostat.training.config import TrainConfig
 from heliostat.training.evaluation import evaluate
 from heliostat.training.seeding import seed_everything
 from heliostat.training.task import Data, build_model, build_objective
+from heliostat.training.trained_loss import load_loss
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Made:
 def appraise(
     weights: dict[str, Tensor],
     *,
+    loss_state: Mapping[str, Tensor] = MappingProxyType({}),
     validated: Mapping[str, float] = MappingProxyType({}),
     task: Task,
     root: Path,
@@ -50,7 +52,7 @@ def appraise(
 ) -> dict[str, float]:
     """The figures of the model that has these weights, after the passes: costs, and where there are any, of `val`.
 
-    `validated` is the row of the weights' epoch.
+    `validated` is the row of the weights' epoch, `loss_state` what the loss was trained to until then.
 
     `latency_ms` (`timed`) is measured within `alone`. Raises StageError, which names the pass, where one fails.
     """
@@ -63,6 +65,7 @@ def appraise(
             root=root,
             folder=Path(scratch, "train"),
             on_epoch=lambda epoch, row: give_way(),
+            loss_state=dict(loss_state),
         )
         seed_everything(seed)
         model = build_model(task, config.model_args)
@@ -87,7 +90,7 @@ def appraise(
         figures = costs_of(made.folder)
         finished = load_model(made.folder)
         if passes:
-            figures |= evaluate(finished, data["val"], build_objective(task), split="val")
+            figures |= evaluate(finished, data["val"], build_objective(task, load_loss(made.folder)), split="val")
         return figures | (latency_of(finished, shop, alone=alone) if timed else {})
 
 

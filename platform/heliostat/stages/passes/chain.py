@@ -27,6 +27,7 @@ from heliostat.stages.passes.registry import PASSES
 from heliostat.stages.passes.workshop import Workshop
 from heliostat.stages.saved import check_made
 from heliostat.training.task import Data, build_objective
+from heliostat.training.trained_loss import load_loss
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def explore(
     made = make_chain(links, start, shop=shop, gate=gate)
     gate.give_way()
     finished = load_model(made.folder)
-    quality = evaluate_with_intervals(finished, data["val"], build_objective(task), split="val")
+    quality = evaluate_with_intervals(finished, data["val"], build_objective(task, load_loss(made.folder)), split="val")
     figures = costs_of(made.folder) | dict(quality.figures)
     for name, value in figures.items():
         if not math.isfinite(value):
@@ -88,7 +89,8 @@ def make_chain(links: Sequence[Link], start: Made, *, shop: Workshop, gate: Gate
         folder = shop.folder / link.digest
         with _held(shop.folder / f"{link.digest}.lock", gate):
             if not _is_made(folder):
-                _make(link, made, replace(shop, folder=folder, recipe=recipe_of(made.params)))
+                recipe, loss_state = recipe_of(made.params), load_loss(made.folder)
+                _make(link, made, replace(shop, folder=folder, recipe=recipe, loss_state=loss_state))
         outcome = json.loads((folder / MADE).read_text(encoding="utf-8"))
         if "failed" in outcome:
             raise StageError(f"{link.uses}: {outcome['failed']}")

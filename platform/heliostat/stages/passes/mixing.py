@@ -24,7 +24,6 @@ from heliostat.stages.passes.quantizers import TOOLS, Job
 from heliostat.stages.passes.workshop import Workshop, files_in, write_files
 from heliostat.stages.quantize import BACKENDS, QuantizeConfig
 from heliostat.training.evaluation import evaluate
-from heliostat.training.task import build_objective
 
 INSPECTED_SAMPLES = 64
 
@@ -70,7 +69,7 @@ def within_max_drop(shop: Workshop, exact: Path, config: QuantizeConfig, calibra
 
     Raises StageError, with the figures of all that was tried, if there is none.
     """
-    objective, limits = build_objective(shop.task), config.max_drop
+    objective, limits = shop.objective, config.max_drop
     before = evaluate(load_model(exact), shop.data["val"], objective, split="val")
     given = _Given(shop.portable, files_in(exact), calibration)
     signs = {metric: 1 if objective.mode(metric) == "max" else -1 for metric in limits}
@@ -194,7 +193,7 @@ def _figures(given: _Given, attempt: Attempt) -> dict[str, float] | str:
             folder = _made(given, attempt, Path(scratch))
         except StageError as error:
             return str(error)
-        objective = build_objective(given.shop.task)
+        objective = given.shop.objective
         return evaluate(load_model(folder), given.shop.data["val"], objective, split="val")
 
 

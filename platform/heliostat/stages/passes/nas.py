@@ -33,7 +33,7 @@ from heliostat.stages.passes.workshop import Workshop
 from heliostat.training.batches import Batch, epoch_batches, first_rows
 from heliostat.training.evaluation import evaluate
 from heliostat.training.seeding import seed_everything
-from heliostat.training.task import build_model, build_objective
+from heliostat.training.task import build_model
 from heliostat.training.world import World
 
 AT_ONCE = 8
@@ -106,7 +106,7 @@ def _soft_loss(shop: Workshop, config: NasConfig, supernet: nn.Module) -> SoftLo
     inputs, targets, *_ = first_rows(shop.data["train"], shop.recipe.batch_size)
     with torch.no_grad():
         outputs = supernet.eval()(inputs)
-    return choose_soft_loss(config.loss, outputs, targets, loss=build_objective(shop.task).named_loss)
+    return choose_soft_loss(config.loss, outputs, targets, loss=shop.objective.named_loss)
 
 
 def _sandwich(
@@ -118,7 +118,7 @@ def _sandwich(
     soft_loss: SoftLoss | None,
 ) -> Callable[[Tensor, Batch], Tensor]:
     """The loss of a batch: of the largest network, whose outputs the loop has, the smallest, and some at random."""
-    loss = build_objective(shop.task).mean_loss
+    loss = shop.objective.mean_loss
     between = points[1:-1]
     large = shapes_of(supernet)
 
@@ -202,7 +202,7 @@ class _Given:
 def _search(
     shop: Workshop, config: NasConfig, weights: Mapping[str, Tensor], largest: Point, alone: Callable[..., Any]
 ) -> _Found:
-    space, objective = _space(config), build_objective(shop.task)
+    space, objective = _space(config), shop.objective
     monitor, mode = objective.monitor(config)
     objectives = Objectives.of({monitor: mode, "latency_ms": "min"})
     every = space.size()
@@ -273,7 +273,7 @@ def _quality(given: _Given, point: Point) -> Row:
     take_weights(model, given.weights)
     recalibrate(model, _calibration(shop))
     return {
-        **evaluate(model, shop.data["val"], build_objective(shop.task), split="val"),
+        **evaluate(model, shop.data["val"], shop.objective, split="val"),
         "num_params": num_params(model),
     }
 

@@ -27,7 +27,6 @@ from heliostat.training.config import SchedulerConfig
 from heliostat.training.leftover import find_min_rows
 from heliostat.training.losses import Loss, LossRule, plus
 from heliostat.training.seeding import derive_seed
-from heliostat.training.task import build_objective
 from heliostat.training.world import World
 
 Rows = list[dict[str, float]]
@@ -67,7 +66,7 @@ def _make_sparse(shop: Workshop, model: nn.Module, config: PruneConfig, sparsity
         return _penalized(shop, model, config, config.penalty)
     if config.gradual_epochs:
         sparse = config.changed(shop.recipe, epochs=config.gradual_epochs, scheduler=SchedulerConfig())
-        loss, world = build_objective(shop.task).loss, World()
+        loss, world = shop.objective.loss, World()
         rule = LossRule(lambda outputs, batch: loss(outputs, batch[1]), precision=sparse.precision, device=world.device)
         least = find_min_rows(model, shop.data["train"], sparse, rule=rule, world=world)
         steps = sparse.steps_per_epoch or num_steps(shop.data["train"], sparse.batch_size, min_rows=least.rows)
@@ -81,7 +80,7 @@ def _make_sparse(shop: Workshop, model: nn.Module, config: PruneConfig, sparsity
 
 
 def _penalized(shop: Workshop, model: nn.Module, config: PruneConfig, penalized: PenaltyConfig) -> Rows:
-    objective = build_objective(shop.task)
+    objective = shop.objective
     if penalized.name == "l1":
         penalty = l1(model, skip=config.skip)
     else:

@@ -56,7 +56,7 @@ def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> St
         "quantization": describe(shop.folder)["quantization"],
         "parity": {"source": shop.parity(load_model(source.folder), against=source.node)},
     }
-    return StageResult(files=files, metrics=metrics, details=details)
+    return StageResult(files=[*files, *shop.save_loss()], metrics=metrics, details=details)
 
 
 def _calibrated(shop: Workshop, exact: Path, config: QuantizeConfig) -> tuple[list[str], dict[str, Any]]:

@@ -19,7 +19,7 @@ from heliostat.stages.passes.cut import cut
 from heliostat.stages.passes.workshop import Source, Workshop, files_in, write_files
 from heliostat.stages.prune import PruneConfig, SensitivityConfig
 from heliostat.training.evaluation import evaluate
-from heliostat.training.task import Objective, build_objective
+from heliostat.training.task import Objective
 
 AT_ONCE = 8
 """So many sparsities of the whole network are tried for the highest within `max_drop`, then so many up to the next."""
@@ -48,7 +48,7 @@ def scan(
     Raises StageError when no layer can be pruned, or none without that `max_drop` is passed.
     """
     given = _Given(shop.portable, files_in(source.folder), config)
-    objective = build_objective(shop.task)
+    objective = shop.objective
     before = evaluate(model, shop.data["val"], objective, split="val")
     sizes, pieces = _sizes(shop, model, config)
     levels = {layer: _possible(settings.levels, count) for layer, count in pieces.items()}
@@ -117,7 +117,7 @@ def _drops(before: Figures, after: Figures, metrics: Mapping[str, float], object
 def _pruned_figures(given: _Given, tries: Sequence[Sparsities]) -> list[Figures]:
     """The figures of `val` of the model after each of these cuts, which start from the same model."""
     shop, config = given.shop, given.config
-    objective = build_objective(shop.task)
+    objective = shop.objective
     figures = []
     with TemporaryDirectory(prefix="heliostat-") as folder:
         write_files(given.files, Path(folder))

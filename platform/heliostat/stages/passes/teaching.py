@@ -22,7 +22,7 @@ from heliostat.stages.models import torch_model
 from heliostat.stages.passes.workshop import Source, Workshop
 from heliostat.training.batches import Batch, first_rows
 from heliostat.training.first_batch import check_samples
-from heliostat.training.task import Data, build_objective
+from heliostat.training.task import Data
 
 BATCH_SIZE = 256
 LOOKED_AT = 64
@@ -70,7 +70,7 @@ def taught_by(
     if settings.features and len(teachers) > 1:
         raise StageError(f"features: layers are matched with those of one teacher, not of {len(teachers)}")
     check_samples(shop.data)
-    loss = build_objective(shop.task).mean_loss
+    loss = shop.objective.mean_loss
     names = ", ".join(teacher.node for teacher in teachers)
     model = torch_model(teachers[0]) if settings.features else None
     teach: Teacher = mean_outputs([load_model(teacher.folder) for teacher in teachers]) if model is None else model
@@ -128,7 +128,7 @@ def _soft_loss(
         )
     if not settings.alpha:
         return None
-    return choose_soft_loss(settings.loss, answers, targets, loss=build_objective(shop.task).named_loss, option=option)
+    return choose_soft_loss(settings.loss, answers, targets, loss=shop.objective.named_loss, option=option)
 
 
 def _described(soft_loss: SoftLoss | None, names: str) -> dict[str, Any]:

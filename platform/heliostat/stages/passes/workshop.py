@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,8 @@ from heliostat.training.config import StrategyConfig, TrainConfig
 from heliostat.training.loop import Fit, fit
 from heliostat.training.losses import BatchLoss
 from heliostat.training.seeding import seed_everything
-from heliostat.training.task import Data, build_objective
+from heliostat.training.task import Data, Objective, build_objective
+from heliostat.training.trained_loss import save_loss
 from heliostat.training.world import World
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class Workshop:
     """Where candidates that are made of the same leave for each other what all of them need, named by its content."""
     teacher: Source | None = None
     """Whom fine-tuning with `distillation` learns from; the model that goes into the pass, unless given."""
+    loss_state: dict[str, Tensor] = field(default_factory=dict)
+    """What the task's loss was trained to, with the model; fine-tuning changes it in place. Empty without a state."""
     side_by_side: Map = in_turn
     """How a pass carries out what it tries many times over, such as a scan of a model's layers."""
 
@@ -73,6 +76,11 @@ class Workshop:
         """The same for another process, where nobody is told of epochs; the test split stays here."""
         data = {split: self.data[split] for split in ("train", "val")}
         return replace(self, data=data, on_epoch=_unheard, side_by_side=in_turn)
+
+    @property
+    def objective(self) -> Objective:
+        """The task's objective anew, with its loss as it was trained."""
+        return build_objective(self.task, self.loss_state)
 
     def samples(self, split: str, count: int) -> Tensor:
         """The inputs of the first `count` samples of a split, as one batch."""
@@ -111,11 +119,12 @@ class Workshop:
         reported. The model ends with the weights of the best epoch, or the last.
         """
         seed_everything(self.seed)
+        objective = self.objective
         fitted = fit(
             model,
             data or self.data,
             config.model_copy(update={"strategy": StrategyConfig(name="single")}),
-            objective=build_objective(self.task),
+            objective=objective,
             seed=self.seed,
             on_epoch=lambda epoch, row: self.on_epoch(earlier + epoch, row),
             checkpoints=self.checkpoints(phase),
@@ -124,6 +133,9 @@ class Workshop:
         )
         if keep == "best":
             model.load_state_dict(fitted.state)
+        if fitted.loss_state:
+            last = objective.loss.state_dict() if isinstance(objective.loss, nn.Module) else {}
+            self.loss_state.update(fitted.loss_state if keep == "best" else last)
         return fitted
 
     def save(
@@ -139,7 +151,7 @@ class Workshop:
         `more` goes to `formats.save_torch`.
         """
         reference = reference or self.task.model
-        return save_torch(
+        files = save_torch(
             model,
             self.folder,
             reference=reference,
@@ -150,6 +162,11 @@ class Workshop:
             seed=self.seed,
             **more,
         )
+        return [*files, *self.save_loss()]
+
+    def save_loss(self) -> list[str]:
+        """Write what the task's loss was trained to, if anything, beside the model; the names of the files."""
+        return save_loss(self.loss_state, self.folder)
 
     def reload_parity(self, model: nn.Module) -> dict[str, Any]:
         """How far what was saved, loaded again, is from `model` on real samples of the validation split.
@@ -168,7 +185,7 @@ class Workshop:
 
     def backward_on(self, count: int) -> Callable[[nn.Module], None]:
         """A function that adds to a model's parameters the gradients of the loss over so many training samples."""
-        loss, steps = build_objective(self.task).mean_loss, -(-count // BATCH)
+        loss, steps = self.objective.mean_loss, -(-count // BATCH)
 
         def backward(model: nn.Module) -> None:
             for parameter in model.parameters():
