@@ -135,6 +135,7 @@ def test_the_top_level_is_what_was_agreed() -> None:
         "LICENSE",
         "Makefile",
         "README.md",
+        "SECURITY.md",
         "cluster",
         "constraints.txt",
         "pipelines",

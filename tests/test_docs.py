@@ -9,7 +9,12 @@ import typer.main
 from heliostat.cli import app
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests" / "benchmarks" / "README.md"]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
+    ROOT / "tests" / "benchmarks" / "README.md",
+]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"(?:^|\s|`)(?:\.venv/bin/)?heliostat ((?:[a-z]+(?:\||$|\s|`))[^`\n]*)", re.MULTILINE)
 PATH = re.compile(

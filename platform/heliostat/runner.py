@@ -147,6 +147,8 @@ def _run_plan(
         starting = session.start(address, log=log, root=pipeline.root, preload=preload)
         on_cluster = mirror.on_cluster() if address else nullcontext()
         with nullcontext(ray) if ray else starting as live, on_cluster:
+            if live.warning:
+                view.note(live.warning)
             session.import_all(preload)
             where = "this machine" if address is None else f"the cluster at {address}"
             check_fits(planned, live.capacity(), where=where)

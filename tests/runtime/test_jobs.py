@@ -309,3 +309,12 @@ def test_tokens_are_looked_for_in_rays_order(no_token, monkeypatch):
 def test_looking_for_a_token_does_not_import_ray():
     code = "import sys; from heliostat.runtime import auth; auth.use_token_if_present(); sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "setting", ["tracking.uri=http://user:hunter2@host", "stages.train.config.data_args.password=hunter2"]
+)
+def test_a_password_among_the_settings_of_a_job_is_refused_for_all_would_see_it(pipeline, setting):
+    with pytest.raises(SpecError, match="whoever sees the job would see the password") as refused:
+        jobs.submit(pipeline, address="http://head:8265", settings=[setting], echo=pytest.fail)
+    assert "hunter2" not in str(refused.value)

@@ -29,7 +29,7 @@ from heliostat.core.spec import BUCKET
 from heliostat.core.tracking_uri import why_no_tracking_uri
 from heliostat.errors import HeliostatError
 from heliostat.mirror import try_bucket
-from heliostat.runtime.auth import token_source, use_token_if_present
+from heliostat.runtime.auth import OPEN, asks_for_token, token_source, use_token_if_present
 from heliostat.runtime.embedded import joinable_here
 
 PORTS = {6379: "--port", 8265: "--dashboard-port", 10001: "--ray-client-server-port"}
@@ -251,6 +251,7 @@ def check_ray(address: str | None) -> Iterator[Finding]:
     use_token_if_present()
     if address is not None and address.startswith(("http://", "https://")):
         yield _dashboard(address)
+        yield from check_asks_for_token(address)
         return
     local = joinable_here()
     if address is None and not local:
@@ -260,10 +261,22 @@ def check_ray(address: str | None) -> Iterator[Finding]:
         with ThreadPoolExecutor() as pool:  # nobody asked for these, and they may be others': not our problem
             for finding in pool.map(_cluster, sorted(local)):
                 yield finding if finding.ok == "ok" else replace(finding, ok="warning")
+        for here in sorted(local):
+            yield from check_asks_for_token(here)
     elif address == "auto" and not local and "RAY_ADDRESS" not in os.environ:
         yield Finding("ray", "problem", "none is running here", "ray start --head")
     else:
         yield _cluster(address)
+        yield from check_asks_for_token(
+            os.environ.get("RAY_ADDRESS", min(local, default="")) if address == "auto" else address
+        )
+
+
+def check_asks_for_token(address: str) -> Iterator[Finding]:
+    """Whether the Ray there lets in everybody."""
+    if asks_for_token(address) is False:
+        problem, _, fix = OPEN.partition("; ")
+        yield Finding("token", "warning", f"{address} {problem}", fix)
 
 
 def check_ports() -> Iterator[Finding]:

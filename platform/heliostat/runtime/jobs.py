@@ -21,7 +21,7 @@ from heliostat.core.commands import SUBMITTED_AS, Given, submit_again
 from heliostat.core.credentials import PASSWORD, USER, has_credentials, redacted, with_user, without_user
 from heliostat.core.load import apply_setting, read_document
 from heliostat.errors import HeliostatError, SpecError
-from heliostat.runtime.auth import token_source, use_token_if_present
+from heliostat.runtime.auth import OPEN, asks_for_token, token_advice, use_token_if_present
 
 EXCLUDED = (
     ".git",
@@ -100,6 +100,8 @@ def submit(
             metadata={"heliostat.pipeline": name, "heliostat.storage": storage},
         )
         echo(f"job {job_id}: pipeline {name} on {address}, storage {storage} on the cluster")
+        if asks_for_token(address) is False:
+            echo(f"warning: {address} {OPEN}")
         echo(f"it goes on if this terminal closes; to follow it again: {follow_command(job_id, address)}")
         if not follow:
             return JobResult(job_id, str(client.get_job_status(job_id).value), "submitted", 0)
@@ -203,7 +205,7 @@ def _connection(address: str) -> Iterator[Any]:
     try:
         yield JobSubmissionClient(with_user(address))
     except AuthenticationError as error:
-        raise HeliostatError(f"{address}: {_token_advice(has_token)}") from error
+        raise HeliostatError(f"{address}: {token_advice(has_token)}") from error
     except ConnectionError as error:
         raise HeliostatError(
             f"{address}: nothing answers; is the cluster up, is 8265 the port of its dashboard, can it be reached "
@@ -213,16 +215,6 @@ def _connection(address: str) -> Iterator[Any]:
         raise HeliostatError(f"{address}: {error}") from error
     finally:
         os.environ.update(hidden)
-
-
-def _token_advice(has_token: bool) -> str:
-    copy = "copy ~/.ray/auth_token of the head node to ~/.ray/auth_token here"
-    if has_token and (source := token_source()):
-        return f"the cluster refuses the token in {source}; {copy}, readable by you alone"
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        mode = os.environ["RAY_AUTH_MODE"]
-        return f"the cluster wants a token, and RAY_AUTH_MODE is {mode!r}: set it to 'token' and {copy}"
-    return f"the cluster wants a token and there is none here; {copy}, readable by you alone"
 
 
 def _follow(client: Any, job_id: str, address: str, echo: Callable[[str], None]) -> JobResult:

@@ -22,6 +22,7 @@ from typing import Any, TextIO
 from heliostat.core.capacity import Capacity
 from heliostat.core.plan import Plan
 from heliostat.errors import HeliostatError, SpecError
+from heliostat.runtime.auth import OPEN, asks_for_token, is_let_in, token_advice, use_token_if_present
 from heliostat.runtime.embedded import joinable_here, start_embedded
 from heliostat.runtime.environment import SWITCHES
 
@@ -38,6 +39,8 @@ class Session:
 
     embedded: bool
     log: Path
+    warning: str | None = None
+    """What a person should know of the Ray that is connected to."""
 
     def capacity(self) -> Capacity:
         return cluster_capacity()
@@ -76,22 +79,22 @@ def start(
         stack.enter_context(_quiet(sink))
         preloading = threading.Thread(target=import_all, args=(list(preload),), name="preload", daemon=True)
         preloading.start()
+        warning = None
         try:
             if address is None:
                 temp = stack.enter_context(_private_folder())
                 start_embedded(temp=temp, logging_format=LOG_FORMAT, num_cpus=num_cpus)
             else:
-                from heliostat.runtime.auth import use_token_if_present
-
-                use_token_if_present()
-                ray.init(address=_answering(address), logging_format=LOG_FORMAT, runtime_env=_shipped(root))
+                address = _answering(address)
+                warning = _warning_of(address)
+                ray.init(address=address, logging_format=LOG_FORMAT, runtime_env=_shipped(root))
         except (OSError, RuntimeError, ValueError) as error:
             if address is None:
                 raise HeliostatError(f"an embedded Ray does not start: {error} (Ray's own log: {log})") from error
             raise SpecError(f"--address {address}: no Ray answers there: {error} (Ray's own log: {log})") from error
         stack.callback(_end)
         preloading.join()
-        yield Session(embedded=address is None, log=log)
+        yield Session(embedded=address is None, log=log, warning=warning)
 
 
 def import_all(modules: Iterable[str]) -> None:
@@ -115,6 +118,15 @@ def _answering(address: str) -> str:
     if host and port.isdigit():
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     return address
+
+
+def _warning_of(address: str) -> str | None:
+    """That the Ray there lets in everybody. Raises SpecError where it does not let in this process."""
+    has_token = use_token_if_present()
+    asks = None if address == "auto" else asks_for_token(address)
+    if asks and not is_let_in(address):
+        raise SpecError(f"--address {address}: {token_advice(has_token)}")
+    return f"the Ray at {address} {OPEN}" if asks is False else None
 
 
 def _shipped(root: Path) -> dict[str, Any]:

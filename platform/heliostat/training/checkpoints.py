@@ -3,7 +3,8 @@
 One is called `epoch-00007.best.0f3a…`: `best` marks an epoch that was the best so far, the rest is the start of the
 content's sha256. It is a file (`.pt`), or a folder where the model is spread over workers. It is written aside, synced
 and renamed, so a crash leaves no half of one under that name; one that was damaged later is noticed by its digest, and
-the one before is used. Files are unpickled as tensors and plain values only.
+the one before is used. Files are unpickled as tensors and plain values only, but for torch's `.metadata` of a folder:
+checkpoints are trusted, as all of a store is.
 
 A file is written by a thread while training goes on from the state that was copied for it. A folder is not: its parts
 lie with all workers, and none may change its own before every other has written. Torch's `.metadata` in it tells that
