@@ -84,7 +84,7 @@ def test_data_that_cannot_travel_is_built_once_in_each_process(run, counted, roo
     assert calls(root) == ["closed 0.0"] * 2
 
 
-def test_what_building_the_data_raises_is_the_end_of_each_trial_and_has_its_place(run, counted, root):
-    with pytest.raises(StageError, match=r"(?s)all 2 trials failed\n2 of 2: ValueError: no such file\n.*counted.py"):
+def test_what_building_the_data_raises_ends_the_search_and_has_its_place(run, counted, root):
+    with pytest.raises(StageError, match=r"(?s)the task fails .*: ValueError: no such file\n.*counted.py"):
         run(task=counted, trials=2, space={"data_args.kind": "broken"})
     assert calls(root) == ["broken 0.0"]

@@ -82,7 +82,7 @@ def test_a_search_that_succeeds_says_how_many_of_its_trials_failed_and_by_what(r
 
 
 def test_a_trial_whose_objective_is_not_a_number_has_failed(run, with_metric):
-    with pytest.raises(StageError, match=r"all 2 trials failed\n2 of 2: val_not_a_number is not a number at epoch 1"):
+    with pytest.raises(StageError, match=r"the task fails .*: val_not_a_number is not a number at epoch 1"):
         run(task=with_metric("toy:not_a_number"), objectives=Objectives.of({"val_not_a_number": "max"}), trials=2)
 
 

@@ -32,7 +32,7 @@ from heliostat.runtime.journal import (
     TrialRecord,
 )
 
-Cause = Literal["trials", "wall time", "target"]
+Cause = Literal["trials", "wall time", "target", "the task fails"]
 """What a search ended by."""
 
 
@@ -72,6 +72,8 @@ class Ledger:
         self._on_target: set[str] = set()
         self._states = Counter[Status]()
         self._best: str | None = None
+        self.failure: tuple[str, str] | None = None
+        """The trial that found out that the task fails whatever the parameters are, and the reason."""
         self._started_at: dict[str, float] = {}
         self._told: set[str] = set()
         """The trials that the reporter knows of, in this attempt."""
@@ -159,6 +161,8 @@ class Ledger:
     @property
     def over(self) -> Cause | None:
         """What the search has ended by; None while it goes on."""
+        if self.failure is not None:
+            return "the task fails"
         if self._on_target:
             return "target"
         if self.left == 0:
@@ -182,7 +186,8 @@ class Ledger:
         self._started_at[trial] = time.monotonic()
         self._show_progress()
         params = json.dumps(self.standing.open[trial].params)
-        return {"trial": trial, "params": params, "seed": trial_seed(self._seed, trial)}
+        is_first = not self.standing.ended
+        return {"trial": trial, "params": params, "seed": trial_seed(self._seed, trial), "is_first": is_first}
 
     def began(self, trial: str) -> None:
         """The trial's process is there and works: what it waited for does not count as its time."""
@@ -205,8 +210,21 @@ class Ledger:
     def judged(self, verdict: Judged) -> None:
         self._record(verdict)
 
+    def task_failed(self, trial: str, reason: str) -> None:
+        """A trial found out that the task fails at every point. That ends the search, unless another trial works.
+
+        The journal does not tell of it: once the task is repaired, the trials that were under way begin anew.
+        """
+        open_trials = self.standing.open.values()
+        works = any(self._objectives.figures(row for _, row in record.history) for record in open_trials)
+        if self.failure is None and not works and not any(t.was_judged for t in self.standing.ended.values()):
+            self.failure = (trial, reason)
+
     def ended(self, trial: str, status: Status, reason: str | None) -> None:
         """A trial came to its end. One that never reported all that it is judged by has failed, if it had its time."""
+        if self.failure is not None:
+            self._reporter.trial_ended(trial, status, metrics={}, reason=reason or "the search ended: the task fails")
+            return
         rows = [row for _, row in self.standing.open[trial].history]
         if status != "failed" and not self._objectives.figures(rows):
             reported = ", ".join(sorted({metric for row in rows for metric in row}))

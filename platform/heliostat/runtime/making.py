@@ -53,6 +53,9 @@ class Making:
     def engine(self, engine: Engine, space: Space, *, seed: int) -> Engine:
         return Distinct(engine, space, self.parts, seed=seed)
 
+    def shortest(self) -> None:
+        return None
+
     def data_args(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
         return self.recipe.data_args
 

@@ -22,6 +22,7 @@ from heliostat.runtime.failures import Failures, commonest, grouped, told
 from heliostat.runtime.journal import Journal, TrialRecord
 from heliostat.runtime.ledger import Budget, Cause, Ledger
 from heliostat.runtime.shared_data import DataProvider, shared_data
+from heliostat.runtime.task_failure import other_points, told_of_task
 from heliostat.runtime.work import Conditions, Work
 
 if TYPE_CHECKING:
@@ -106,11 +107,18 @@ def _run(context: StageContext, search: Search, work: Work, provider: DataProvid
             start_from=search.start_from,
             earlier=search.earlier,
         )
+        points = other_points(search.space, seed=context.seed)
         if not ledger.over:
             if judge:
                 judge.remember(ledger.standing.ended.values(), metric=first.metric)
             shared = provider.shared if provider else None
-            conditions = Conditions.of(context, metric=first.metric, compared_at=compared_at, shared=shared)
+            conditions = Conditions.of(
+                context,
+                metric=first.metric,
+                compared_at=compared_at,
+                shared=shared,
+                other_points=points,
+            )
             assert context.cancel is not None
             run_trials(
                 work,
@@ -121,6 +129,9 @@ def _run(context: StageContext, search: Search, work: Work, provider: DataProvid
                 concurrent=min(concurrent, ledger.left),
                 cancel=context.cancel,
             )
+        if ledger.failure is not None:
+            trial, reason = ledger.failure
+            raise StageError(told_of_task(reason, trial=trial, points=points))
         ended_by = ledger.over or "trials"  # a grid may have fewer points than there were trials to spend
         ledger.end_open()
     finally:

@@ -3,8 +3,8 @@
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from heliostat.core.paths import overlay
 from heliostat.core.space import Space
@@ -26,6 +26,9 @@ class TrainedWork:
     @property
     def epochs(self) -> int:
         return self.train.epochs
+
+    def shortest(self) -> Self:
+        return replace(self, train=self.train.model_copy(update={"epochs": 1, "steps_per_epoch": 1}))
 
     def data_args(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
         mine = {path: value for path, value in params.items() if path.startswith("data_args.")}

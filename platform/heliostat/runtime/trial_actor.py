@@ -15,12 +15,11 @@ from typing import Any
 
 from ray import tune
 
-from heliostat.core.disk import disk_error
 from heliostat.core.imports import use_root
 from heliostat.errors import HeliostatError
 from heliostat.runtime.hang import waiting
 from heliostat.runtime.journal import Row
-from heliostat.runtime.tasks import own_traceback
+from heliostat.runtime.task_failure import fails_everywhere, why_it_failed
 from heliostat.runtime.work import Conditions, Trial, Work
 
 ANSWER_S = 1.0
@@ -37,9 +36,17 @@ class _StoppedError(Exception):
 class TrialRun:
     """One trial: the thread that works, and the conversation with it."""
 
-    def __init__(self, work: Work, conditions: Conditions, trial: Trial, *, stop_at: int | None = None) -> None:
-        """With `stop_at` it ends after that epoch, however many there are."""
-        self._work, self._conditions, self._stop_at = work, conditions, stop_at
+    def __init__(
+        self,
+        work: Work,
+        conditions: Conditions,
+        trial: Trial,
+        *,
+        stop_at: int | None = None,
+        is_first: bool = False,
+    ) -> None:
+        """With `stop_at` it ends after that epoch, however many there are. No trial has ended before one `is_first`."""
+        self._work, self._conditions, self._stop_at, self._is_first = work, conditions, stop_at, is_first
         self._turn = threading.Condition()
         self._rows: list[Row] = []
         self._warnings: list[str] = []
@@ -51,6 +58,8 @@ class TrialRun:
         """The last answer said so: being asked again is the verdict to go on."""
         self._stopping = self._over = False
         self._reason: str | None = None
+        self._of_task = False
+        """The task fails, whatever the parameters are."""
         self._thread = threading.Thread(target=self._do, args=(trial,), name=f"trial-{trial.id}", daemon=True)
         self._thread.start()
 
@@ -63,7 +72,8 @@ class TrialRun:
             self._turn.wait_for(lambda: self._over or self._at_rung, timeout=ANSWER_S)
             result: dict[str, Any] = {"rows": self._rows, "warnings": self._warnings}
             if self._over:
-                result |= {"done": True, "outcome": "failed" if self._reason else "done", "reason": self._reason}
+                outcome = "failed" if self._reason else "done"
+                result |= {"done": True, "outcome": outcome, "reason": self._reason, "of_task": self._of_task}
             if self._last and not self._reason and (self._over or self._at_rung):
                 result |= {"epoch": self._last[0], "value": self._last[1]}
             self._rows, self._warnings, self._told = [], [], self._at_rung
@@ -78,17 +88,12 @@ class TrialRun:
             self._thread.join()
 
     def _on_epoch(self, epoch: int, metrics: Mapping[str, float]) -> bool:
-        metric = self._conditions.metric
         with waiting(), self._turn:  # for the verdict
             if self._stopping:
                 raise _StoppedError
-            value = metrics.get(metric)
             self._rows.append((epoch, dict(metrics)))
-            if value is None and self._work.judged_each_epoch:
-                raise BadTrialError(f"nothing reports {metric!r}; what is reported: {', '.join(sorted(metrics))}")
+            value = self._value(metrics, epoch=epoch)
             if value is not None:
-                if math.isnan(value):
-                    raise BadTrialError(f"{metric} is not a number at epoch {epoch}")
                 self._last = (epoch, value)
             if epoch in self._conditions.compared_at and epoch < self._work.epochs:
                 self._at_rung = True
@@ -96,6 +101,16 @@ class TrialRun:
                 self._turn.wait_for(lambda: not self._at_rung)
             self._stopping |= epoch == self._stop_at
             return self._stopping
+
+    def _value(self, metrics: Mapping[str, float], *, epoch: int = 1) -> float | None:
+        """What the trial is compared by; None where an epoch need not have it. Raises BadTrialError for a bad row."""
+        metric = self._conditions.metric
+        value = metrics.get(metric)
+        if value is None and self._work.judged_each_epoch:
+            raise BadTrialError(f"nothing reports {metric!r}; what is reported: {', '.join(sorted(metrics))}")
+        if value is not None and math.isnan(value):
+            raise BadTrialError(f"{metric} is not a number at epoch {epoch}")
+        return value
 
     def _warn(self, text: str) -> None:
         with self._turn:
@@ -107,8 +122,16 @@ class TrialRun:
         except _StoppedError:
             pass
         except Exception as error:
-            known = disk_error(error, self._conditions.folder) or error
-            self._reason = str(known) if isinstance(known, HeliostatError) else own_traceback(error)
+            self._reason = why_it_failed(error, self._conditions)
+        if self._reason and self._is_first and self._last is None:
+            self._of_task = fails_everywhere(
+                self._work,
+                self._conditions,
+                trial,
+                self._reason,
+                check=self._value,
+                is_over=lambda: self._stopping,
+            )
         with self._turn:
             self._over = True
             self._turn.notify_all()
@@ -135,7 +158,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         if self._run is None:  # not before: Tune does not retry a trial whose process dies while it is being set up
             given = self._trial
             trial = Trial(given["trial"], json.loads(given["params"]), given["seed"])
-            self._run = TrialRun(self.work, self.conditions, trial)
+            self._run = TrialRun(self.work, self.conditions, trial, is_first=given["is_first"])
         return self._run.answer()
 
     def cleanup(self) -> None:

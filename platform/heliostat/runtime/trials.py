@@ -22,6 +22,7 @@ from heliostat.runtime.placement import free
 from heliostat.runtime.scheduling import Scheduler
 from heliostat.runtime.session import cluster_capacity
 from heliostat.runtime.shared_data import DataProvider
+from heliostat.runtime.task_failure import why_it_failed_before
 from heliostat.runtime.tasks import why_it_died
 from heliostat.runtime.trial_actor import TrialActor
 from heliostat.runtime.tune_mends import mend_tune
@@ -142,6 +143,8 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         outcome = trial.last_result.get("outcome", "stopped")
+        if trial.last_result.get("of_task"):
+            self._ledger.task_failed(trial.config["trial"], trial.last_result["reason"])
         self._ledger.ended(trial.config["trial"], outcome, trial.last_result.get("reason"))
         for statistics in (trial.last_result, trial.metric_analysis, trial.metric_n_steps):
             statistics.clear()
@@ -154,6 +157,8 @@ class _TuneCallback(tune.Callback):  # type: ignore[misc]
         self._ledger.ended(trial.config["trial"], "failed", self._why_lost(trial))
 
     def _why_lost(self, trial: Trial) -> str:
+        if reason := why_it_failed_before(self._conditions.failure_note(trial.config["trial"])):
+            return reason
         note = self._conditions.hang_note(trial.config["trial"])
         return why_it_hung(self._conditions.resources.hang_timeout_s, note=note) or _why_lost(trial)
 

@@ -52,6 +52,8 @@ class Conditions:
     compared_at: tuple[int, ...] = ()
     """The epochs at which they are, before the last one."""
     shared: SharedData | None = None
+    other_points: tuple[Mapping[str, Any], ...] = ()
+    """Tried by a trial that fails before any has ended, to find out whether it is the task that does."""
 
     @staticmethod
     def of(context: StageContext, **more: Any) -> "Conditions":
@@ -61,6 +63,10 @@ class Conditions:
 
     def hang_note(self, trial: str) -> Path:
         return self.folder / f".{trial}{NOTE}"
+
+    def failure_note(self, trial: str) -> Path:
+        """Where a trial leaves its reason while it tries other points."""
+        return self.folder / f".{trial}.failed"
 
     def folder_of(self, trial: str) -> Path:
         """Where the workers of a trial work, if it has several."""
@@ -88,6 +94,9 @@ class Work(Protocol):
 
     def data_args(self, params: Mapping[str, Any]) -> Mapping[str, Any]:
         """What the data function will be given in a trial with these parameters, whether or not they make a config."""
+
+    def shortest(self) -> "Work | None":
+        """The same with one step of training; None where the work is no training, and cannot be cut short."""
 
     def do(self, trial: Trial, conditions: Conditions, *, on_epoch: OnEpoch, warn: Warn) -> None:
         """Carry out a trial. Whatever it raises is the trial's failure."""
