@@ -20,7 +20,6 @@ from heliostat.training.loop import Fit, fit
 from heliostat.training.losses import BatchLoss
 from heliostat.training.task import Objective, build_objective
 from heliostat.training.trained_loss import load_loss, save_loss, trained_loss
-from heliostat.training.world import World
 
 Data = dict[str, Dataset[Any]]
 
@@ -127,10 +126,10 @@ def test_an_instance_in_the_users_module_is_not_trained_by_one_training_for_the_
 def test_parameters_that_cannot_be_trained_are_refused_before_training() -> None:
     objective = Objective(Centres())
     with pytest.raises(StageError, match=r"strategy: 'fsdp' does not train the parameters of task\.loss; take 'ddp'"):
-        trained_loss(objective, TrainConfig(strategy="fsdp"), world=World(), by_another=False)
+        trained_loss(objective, TrainConfig(strategy="fsdp"), by_another=False)
     own_step = Objective(Centres(), train_step=lambda model, batch: model(batch[0]).sum())
     with pytest.raises(StageError, match=r"task\.loss: it has parameters, which task\.train_step does not train"):
-        trained_loss(own_step, TrainConfig(), world=World(), by_another=False)
+        trained_loss(own_step, TrainConfig(), by_another=False)
 
 
 def test_another_loss_in_training_leaves_the_tasks_as_it_was(train: Callable[..., Fit]) -> None:

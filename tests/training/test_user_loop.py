@@ -24,10 +24,8 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mine", sys.modules[__name__])
 
 
-def train(name: str, **options: Any) -> Fit:
-    task: Any = SimpleNamespace(
-        train_fn=f"mine:{name}", train_step=None, loss="torch.nn.functional:cross_entropy", metrics=()
-    )
+def train(name: str, *, loss: str = "torch.nn.functional:cross_entropy", **options: Any) -> Fit:
+    task: Any = SimpleNamespace(train_fn=f"mine:{name}", train_step=None, loss=loss, metrics=())
     config = options.pop("config", TrainConfig(epochs=5, batch_size=4))
     return run_training(task, config, world=World(), seed=0, **options)
 
@@ -62,6 +60,29 @@ FIGURES = [0.5, 0.2, 0.9, 0.4, 0.3]
 def scripted(context: TrainContext, config: TrainConfig) -> None:
     for epoch, figure in enumerate(FIGURES, start=1):
         context.report({"val_loss": figure, "score": figure}, checkpoint={"weight": torch.tensor(float(epoch))})
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.scale * (outputs - targets).square().mean()
+
+
+def with_loss(context: TrainContext, config: TrainConfig) -> None:
+    context.restore()
+    for epoch, figure in enumerate(FIGURES, start=1):
+        state = {"model": {"weight": torch.ones(())}, "loss": {"scale": torch.tensor(float(epoch))}}
+        context.report({"val_loss": figure}, checkpoint=state)
+
+
+def test_a_checkpoint_holds_the_parameters_of_the_loss_that_the_loop_trained(tmp_path: Path) -> None:
+    for fitted in (train("with_loss", loss="mine:Scaled", checkpoints=Checkpoints(tmp_path)) for _ in range(2)):
+        assert fitted.loss_state == {"scale": torch.tensor(2.0)}
+    with pytest.raises(StageError, match=r"task\.loss has parameters, which a reported checkpoint must hold too"):
+        train("scripted", loss="mine:Scaled")
 
 
 def cautious(context: TrainContext, config: TrainConfig) -> None:

@@ -112,8 +112,8 @@ def train_epochs(
     monitor, mode = objective.monitor(config)
     require_plain_state(model)
     check_samples(data)
-    loss = trained_loss(objective, config, world=world, by_another=batch_loss is not None)
-    loss_before: dict[str, Tensor] = copy_on_cpu(loss.state_dict()) if loss is not None else {}
+    if isinstance(objective.loss, nn.Module):
+        objective.loss.to(world.device)
     rule = LossRule(
         batch_loss or (lambda outputs, batch: objective.part_of_loss(outputs, batch[1])),
         train_step=objective.train_step if batch_loss is None else None,
@@ -131,6 +131,8 @@ def train_epochs(
             model, config, world, rule=rule, example=example, own_step=own_step, checkpoints=checkpoints
         )
         config = config.model_copy(update={"strategy": choice.strategy})
+    loss = trained_loss(objective, config, by_another=batch_loss is not None)
+    loss_before: dict[str, Tensor] = copy_on_cpu(loss.state_dict()) if loss is not None else {}
     least = find_min_rows(model, data["train"], config, rule=rule, world=world)
     layout = Layout(model)
     if config.strategy.is_replicated:
@@ -151,14 +153,14 @@ def train_epochs(
             lambda: check_outputs(parallel.outputs, data["val"], objective, world=parallel.data),
             optimizer=trainee.optimizer,
         )
+        notes = dict(least.notes)
+        if batch_loss is None:
+            notes |= notes_on_split_loss(parallel, data["train"], config, objective, seed=seed, min_rows=least.rows)
 
     progress, best_state, best_loss = take_up(trainee, checkpoints, world=world)
     is_over = config.gives_up(progress.epoch, best_epoch=progress.best_epoch)
     checkpoint_s = 0.0
     layers: Marks = {}
-    notes = dict(least.notes)
-    if batch_loss is None and not is_over:
-        notes |= notes_on_split_loss(parallel, data["train"], config, objective, seed=seed, min_rows=least.rows)
 
     def validate() -> dict[str, float]:
         copy_buffers_from_first(parallel.module, world=parallel.data)

@@ -13,20 +13,18 @@ from torch import Tensor, nn
 from heliostat.errors import StageError
 from heliostat.training.config import TrainConfig
 from heliostat.training.task import Objective
-from heliostat.training.world import World
 
 FILE = "loss.pt"
 
 
-def trained_loss(objective: Objective, config: TrainConfig, *, world: World, by_another: bool) -> nn.Module | None:
-    """The task's loss, on the world's device, where training by it may change its state; None where it has none.
+def trained_loss(objective: Objective, config: TrainConfig, *, by_another: bool) -> nn.Module | None:
+    """The task's loss where training by it may change its state; None where it has none.
 
     Raises StageError where its parameters cannot be trained.
     """
     loss = objective.loss
     if not isinstance(loss, nn.Module):
         return None
-    loss.to(world.device)
     if by_another or not loss.state_dict():
         return None
     if has_parameters(objective):

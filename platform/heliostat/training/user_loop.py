@@ -28,6 +28,7 @@ from heliostat.training.strategies.choice import Choice
 from heliostat.training.strategies.gradients import clip_gradients
 from heliostat.training.strategies.parallel import copy_on_cpu
 from heliostat.training.task import Objective, build_objective
+from heliostat.training.trained_loss import has_parameters
 from heliostat.training.world import World, any_worker, from_first_worker
 
 
@@ -62,6 +63,7 @@ class TrainContext:
         self._progress = Progress()
         self._checkpoint_epochs: list[int] = []
         self._best_state: dict[str, Tensor] | None = None
+        self._best_loss: dict[str, Tensor] = {}
         self._choice: Choice | None = None
         self._row_started = time.perf_counter()
 
@@ -86,6 +88,7 @@ class TrainContext:
         """One epoch's row of metrics (rank 0's counts) and, where it should be kept, a checkpoint.
 
         A checkpoint is the model's state dict, or a mapping of tensors and plain values with the state dict as `model`.
+        The state dict of a `task.loss` that has parameters goes with it as `loss`.
         What is spread over workers is kept whole, so every worker passes it, and any strategy may take it up.
         Raises StageError for metrics without the configured monitor, and for a checkpoint of anything else.
         """
@@ -100,13 +103,13 @@ class TrainContext:
         if checkpoint is not None:
             checkpoint = whole_checkpoint(checkpoint)
             _require_plain(checkpoint, place="checkpoint")
-            state = _model_state(checkpoint)
+            state, of_loss = _model_state(checkpoint), self._loss_state(checkpoint)
             if self._check_own is not None and not self._checkpoint_epochs:
                 self._check_own(row, state)
             is_best = self._beats(best if self._checkpoint_epochs else None)
             self._checkpoint_epochs.append(progress.epoch)
             if is_best:
-                self._best_state = copy_on_cpu(state)
+                self._best_state, self._best_loss = copy_on_cpu(state), copy_on_cpu(of_loss)
         elif not self._checkpoint_epochs:
             is_best = self._beats(best)
         if is_best:
@@ -134,6 +137,7 @@ class TrainContext:
         self._progress = Progress(**saved["progress"])
         self._checkpoint_epochs = saved["checkpoint_epochs"]
         self._best_state = copy_on_cpu(_model_state(saved_best["checkpoint"]))
+        self._best_loss = copy_on_cpu(self._loss_state(saved_best["checkpoint"]))
         checkpoint: State = saved["checkpoint"]
         return checkpoint
 
@@ -150,7 +154,19 @@ class TrainContext:
                 "pass one with the metrics: context.report(metrics, checkpoint=model.state_dict())"
             )
         choice = self._choice.record() if self._choice else {}
-        return progress.fit(state=self._best_state or {}, choice=choice)
+        return progress.fit(state=self._best_state or {}, loss_state=self._best_loss, choice=choice)
+
+    def _loss_state(self, checkpoint: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """What the loss was trained to. Without it the model would be measured by a loss that was never trained."""
+        if not has_parameters(self._objective):
+            return {}
+        state = checkpoint.get("loss")
+        if not isinstance(state, Mapping):
+            raise StageError(
+                "task.loss has parameters, which a reported checkpoint must hold too: pass "
+                "{'model': model.state_dict(), 'loss': loss.state_dict()}"
+            )
+        return state
 
     def _beats(self, best: Mapping[str, float] | None) -> bool:
         """Whether the newest row is better than the best of its rivals. Without a figure to compare, it is."""

@@ -34,6 +34,7 @@ from heliostat.training.batches import Batch, epoch_batches, first_rows
 from heliostat.training.evaluation import evaluate
 from heliostat.training.seeding import seed_everything
 from heliostat.training.task import build_model
+from heliostat.training.trained_loss import has_parameters
 from heliostat.training.world import World
 
 AT_ONCE = 8
@@ -56,6 +57,8 @@ def search_architecture(shop: Workshop, config: NasConfig, *, alone: Callable[..
     smallest = {path: values[0] for path, values in config.elastic.items()}
     seed_everything(shop.seed)
     supernet = build_model(shop.task, _arguments(shop, largest))
+    if has_parameters(shop.objective) and not shop.loss_state:
+        raise SpecError("task.loss: it has parameters, which nas does not train; fix them by requires_grad_(False)")
     _check_elastic(shop, config, supernet)
     shop = replace(shop, recipe=shop.recipe.model_copy(update={"model_args": _arguments(shop, largest)}))
     soft_loss = _soft_loss(shop, config, supernet) if config.alpha else None
