@@ -102,7 +102,7 @@ def test_what_training_keeps_out_of_the_state_fails_the_stage_with_the_figures_a
     with pytest.raises(StageError) as error:
         measured(task, folder, Validated(fitted.metrics, fitted.layers))
     text = str(error.value)
-    assert f"val_loss {fitted.metrics['val_loss']:.6g} and" in text
+    assert f"val_loss {fitted.metrics['val_loss']:.6g} validated, " in text
     assert "They part at layer '2' (Forgetful); all layers up to '1' agree." in text
 
 
@@ -141,7 +141,7 @@ def test_what_an_own_loop_computes_in_its_own_way_passes_and_other_weights_do_no
         ("plain", None),
         ("wrapped", None),
         ("another", "the trained weights do not fit the model"),
-        ("percent", r"val_loss 1\d\d.* and 1.*task\.train_fn reported the first"),
+        ("percent", r"val_loss 1\d\d.* validated, 1.* saved.*task\.train_fn reported the first"),
     ],
 )
 def test_an_own_loop_hears_with_its_first_checkpoint_what_could_not_be_kept(bench, kind, problem):

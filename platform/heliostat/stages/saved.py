@@ -68,9 +68,9 @@ def check_saved(
     relative = RELATIVE_OWN if validated.by_own_loop else _relative(folder)
     problems = apart([measured, *(again() for _ in range(DRAWS))], relative)
     if problems:
-        figures = ", ".join(f"{name} {wanted[name]:.6g} and {measured[name]:.6g}" for name in problems)
+        figures = ", ".join(f"{name} {wanted[name]:.6g} validated, {measured[name]:.6g} saved" for name in problems)
         raise StageError(
-            f"the saved model is not the one that was validated: they give {figures} on the same data. "
+            f"the saved model is not the one that was validated: {figures}. "
             + (_of_own_loop() if validated.by_own_loop else _where(folder, validated, data))
         )
 
