@@ -1,6 +1,6 @@
 """Which layers compression works on, and how a user names some of them: `fnmatch` patterns of their names."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -58,3 +58,21 @@ def skipped(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
         for top, pattern in tops.items()
         for name, _ in model.get_submodule(top).named_modules(prefix=top)
     }
+
+
+def tied_parameters(model: nn.Module) -> list[list[str]]:
+    """Return the names of each parameter that more than one layer has."""
+    owners: dict[int, dict[tuple[int, str], str]] = {}
+    for layer, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), {})[id(module), name] = f"{layer}.{name}" if layer else name
+    return [list(names.values()) for names in owners.values() if len(names) > 1]
+
+
+def tie(model: nn.Module, names: Iterable[Sequence[str]]) -> None:
+    """Make the parameters of each list one, the first, in place."""
+    for first, *others in names:
+        parameter = model.get_parameter(first)
+        for name in others:
+            layer, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(layer), attribute, parameter)

@@ -86,7 +86,7 @@ def _params_used(config: CompressConfig, inputs: Mapping[str, Sequence[Record]])
     "compress",
     inputs={"model": "model"},
     output="model",
-    version=2,
+    version=3,
     place="driver",
     needs=lambda resources: Need(1, resources.per_worker),
     workload=lambda config: {"trials": config.method[1]},

@@ -38,6 +38,7 @@ def _check(config: FactorizeConfig, view: ConfigView) -> Iterator[str]:
     "factorize",
     inputs={"model": "model"},
     output="model",
+    version=2,
     measured="later",
     workload=lambda config: {"epochs": config.finetune_epochs},
     check=_check,

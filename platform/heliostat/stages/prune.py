@@ -130,7 +130,7 @@ def _check(config: PruneConfig, view: ConfigView) -> Iterator[str]:
     "prune",
     inputs={"model": "model"},
     output="model",
-    version=4,
+    version=5,
     measured="later",
     workload=lambda config: {"epochs": config.epochs},
     check=_check,

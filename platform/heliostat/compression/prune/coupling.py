@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from heliostat.compression.layers import WEIGHTED
+from heliostat.compression.layers import WEIGHTED, tied_parameters
 from heliostat.compression.prune.dependency import Graph
 
 PRUNABLE = (*WEIGHTED, nn.Embedding)
@@ -121,7 +121,7 @@ def _goes_in_sets(layer: Any) -> bool:
 
 def _units(graph: Graph, group: Any, num_channels: int) -> tuple[tuple[int, ...], ...] | str:
     """The sets of channels that go at a time, or why there are none."""
-    if not any(_goes_in_sets(item.dep.target.module) for item in group):
+    if not group.met and not any(_goes_in_sets(item.dep.target.module) for item in group):
         return tuple((channel,) for channel in range(num_channels))
     leader = list(range(num_channels))
 
@@ -130,6 +130,11 @@ def _units(graph: Graph, group: Any, num_channels: int) -> tuple[tuple[int, ...]
             channel = leader[channel]
         return channel
 
+    def join(one: int, other: int) -> None:
+        leader[max(first_of(one), first_of(other))] = min(first_of(one), first_of(other))
+
+    for pair in group.met:
+        join(*pair)
     for item in group:
         layer = item.dep.target.module
         if not _goes_in_sets(layer):
@@ -147,7 +152,7 @@ def _units(graph: Graph, group: Any, num_channels: int) -> tuple[tuple[int, ...]
             return f"torch-pruning cannot follow its channels into {item.dep.target.name}"
         for (one, other), (a, b) in zip(pairwise(_sorted_by(key, item.root_idxs)), pairwise(sorted(key))):
             if a == b:
-                leader[max(first_of(one), first_of(other))] = min(first_of(one), first_of(other))
+                join(one, other)
     sets: dict[int, list[int]] = {}
     for channel in range(num_channels):
         sets.setdefault(first_of(channel), []).append(channel)
@@ -161,24 +166,6 @@ def _sorted_by(key: Sequence[int], values: Sequence[int]) -> list[int]:
 
 
 # --- tied weights ---------------------------------------------------------------------------------------------------
-
-
-def tied_parameters(model: nn.Module) -> list[list[str]]:
-    """Return the names of each parameter that more than one layer has."""
-    owners: dict[int, dict[tuple[int, str], str]] = {}
-    for layer, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), {})[id(module), name] = f"{layer}.{name}" if layer else name
-    return [list(names.values()) for names in owners.values() if len(names) > 1]
-
-
-def tie(model: nn.Module, names: Iterable[Sequence[str]]) -> None:
-    """Make the parameters of each list one, the first, in place."""
-    for first, *others in names:
-        parameter = model.get_parameter(first)
-        for name in others:
-            layer, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(layer), attribute, parameter)
 
 
 def _tied(graph: Graph, found: Mapping[str, Coupling]) -> dict[str, Coupling]:

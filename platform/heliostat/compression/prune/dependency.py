@@ -118,6 +118,7 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
         for dep, channels in everything.items:
             group.add_and_merge(dep, channels)
         group._DG = self
+        group.met = _met(everything)
         for number in range(len(group)):
             dep, channels = group[number]
             group[number] = _helpers.GroupItem(dep, _helpers.to_plain_idxs(channels))
@@ -132,6 +133,19 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
             prune = pruner.prune_out_channels if is_out else pruner.prune_in_channels
             self.get_pruning_group(layer, prune, channels).prune(record_history=False)
             self.refresh()
+
+
+def _met(everything: Group) -> set[tuple[int, int]]:
+    """The pairs of channels of the root that meet in one channel elsewhere, as the halves of a gated unit do."""
+    first: dict[tuple[int, int, int], int] = {}
+    pairs = set()
+    for dep, channels in everything.items:
+        operation = (id(dep.target), hash(dep.handler))
+        for channel in channels:
+            before = first.setdefault((*operation, channel.idx), channel.root_idx)
+            if before != channel.root_idx and None not in (before, channel.root_idx):
+                pairs.add((before, channel.root_idx))
+    return pairs
 
 
 class _OneNode:

@@ -15,11 +15,9 @@ import torch_pruning
 from torch import Tensor, nn
 
 from heliostat.compression.layers import WEIGHTED
+from heliostat.compression.proof import train_at_rest
 from heliostat.compression.prune.dependency import Graph
 from heliostat.compression.quiet import quiet
-
-AT_REST = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-"""Layers that draw random numbers, or mix the rows of a batch, in training mode."""
 
 
 @contextmanager
@@ -46,14 +44,6 @@ def dependencies(model: nn.Module, example: Tensor, *, training: bool = False) -
             forward_fn=partial(_forward, training=training),
             customized_pruners=_recurrent_layers(),
         )
-
-
-def train_at_rest(model: nn.Module, training: bool) -> None:
-    """Set a model's mode; in training mode dropout draws nothing and batch norm leaves its statistics as they are."""
-    model.train(training)
-    for module in model.modules():
-        if isinstance(module, AT_REST):
-            module.eval()
 
 
 def trains_more(model: nn.Module, example: Tensor) -> bool:

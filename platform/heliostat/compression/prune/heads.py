@@ -5,7 +5,6 @@ the columns that its output is mixed by. Which heads matter is what the loss say
 al. 2019, https://arxiv.org/abs/1905.10650), or the size of their weights.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from heliostat.compression.layers import skipped
+from heliostat.compression.parametrizations import copied
 from heliostat.compression.prune.masks import Sparsity, check_sparsity
 from heliostat.compression.prune.plan import Backward
 from heliostat.errors import SpecError, StageError
@@ -106,7 +106,7 @@ def remove_heads(
     """
     for fraction in sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]:
         check_sparsity(fraction, name="head_sparsity")
-    model = copy.deepcopy(model)
+    model = copied(model)
     layers = attention_layers(model, skip)
     if not layers:
         raise StageError("there are no heads to remove: no nn.MultiheadAttention that is not skipped")
@@ -165,4 +165,6 @@ def _with_heads(layer: nn.MultiheadAttention, heads: Sequence[int]) -> Attention
         if layer.in_proj_bias is not None:
             smaller.in_proj_bias.copy_(layer.in_proj_bias[projections])
             smaller.out_proj.bias.copy_(layer.out_proj.bias)
+    smaller._forward_hooks.update(layer._forward_hooks)
+    smaller._forward_pre_hooks.update(layer._forward_pre_hooks)
     return smaller.train(layer.training)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from heliostat.compression.layers import WEIGHTED, skipped
+from heliostat.compression.layers import WEIGHTED, skipped, tied_parameters
 from heliostat.errors import SpecError, StageError
 
 Scope = Literal["global", "layer"]
@@ -158,7 +158,8 @@ def check_sparsity(sparsity: float, *, name: str = "sparsity") -> None:
 def prunable_weights(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The weights that can be pruned by parameter name, and the layers that keep theirs, with the reason."""
     kept = skipped(model, skip)
-    weights = {}
+    shared = {name: [other for other in names if other != name] for names in tied_parameters(model) for name in names}
+    weights: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         dot = f"{name}." if name else ""
         for kind, reason in UNSUITED.items():
@@ -167,7 +168,12 @@ def prunable_weights(model: nn.Module, skip: Sequence[str]) -> tuple[dict[str, T
         if name in kept:
             continue
         if isinstance(module, WEIGHTED):
-            weights[f"{dot}weight"] = module.weight.detach()
+            others = shared.get(f"{dot}weight", [])
+            unsuited = [other for other in others if not isinstance(model.get_submodule(layer_of(other)), WEIGHTED)]
+            if unsuited or any(other in weights for other in others):
+                kept[name] = f"its weight is also {(unsuited or others)[0]!r}"
+            else:
+                weights[f"{dot}weight"] = module.weight.detach()
         elif isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             weights[f"{dot}in_proj_weight"] = module.in_proj_weight.detach()
     if not weights:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from heliostat.compression.layers import skipped
 from heliostat.compression.parametrizations import copied
+from heliostat.compression.proof import CHECKED_ROWS, find_sound
 from heliostat.compression.prune.coupling import Coupling, couplings
 from heliostat.compression.prune.dependency import Graph
 from heliostat.compression.prune.graph import Channels, dependencies, ready_to_trace, trains_more
-from heliostat.compression.prune.masked import CHECKED_ROWS, proven_cut
+from heliostat.compression.prune.masked import proven_cut
 from heliostat.compression.prune.steps import step_of
 
 Score = Literal["magnitude", "taylor", "bn_scale", "size"]
@@ -114,19 +115,15 @@ class Plan:
         """Cut the groups one half after the other, and leave those alone without which the rest is proven."""
         proven = _Proven([], copied(self.model), step_of(self.model, self.rows, [], training=self.training))
 
-        def add(more: Sequence[str]) -> None:
+        def try_(some: list[str]) -> str | None:
             nonlocal proven
-            tried, reason = self._tried([*proven.names, *more], choose)
-            if reason is None:
-                proven = tried
-            elif len(more) == 1:
-                self._keep(more[0], reason)
-            else:
-                add(more[: len(more) // 2])
-                add(more[len(more) // 2 :])
+            tried, reason = self._tried(some, choose)
+            proven = tried if reason is None else proven
+            return reason
 
-        if names:
-            add(names)
+        _, reasons = find_sound(names, try_)
+        for name, reason in reasons.items():
+            self._keep(name, reason)
         return proven
 
     def _tried(self, names: list[str], choose: Choice) -> "tuple[_Proven, str | None]":

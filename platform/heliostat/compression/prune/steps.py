@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heliostat.compression.layers import tie, tied_parameters
 from heliostat.compression.parametrizations import copied
-from heliostat.compression.prune.coupling import tie, tied_parameters
 from heliostat.compression.prune.dependency import Graph
 from heliostat.compression.prune.graph import dependencies, ready_to_trace
 from heliostat.compression.quiet import quiet

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 from heliostat.compression.formats import load_model, load_torch, save_torch
 from heliostat.compression.measure import compare_outputs
 from heliostat.compression.parity import check_parity, values_of_module
-from heliostat.compression.prune.masked import CHECKED_ROWS
+from heliostat.compression.proof import CHECKED_ROWS
 from heliostat.core.imports import own_sources
 from heliostat.core.mapping import Map, in_turn
 from heliostat.core.spec import Task
