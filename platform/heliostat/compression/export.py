@@ -19,6 +19,7 @@ from heliostat.compression.formats import describe_input, load_model, write_reco
 from heliostat.compression.macs import num_macs
 from heliostat.compression.parametrizations import bake, copied
 from heliostat.compression.parity import (
+    AT_ONCE,
     allowed,
     apart,
     difference,
@@ -40,12 +41,15 @@ Exporter = Callable[..., str | None]
 why the result cannot be trusted, or None."""
 
 
-def save_onnx(model: nn.Module, folder: Path, *, example: Tensor, opset: int = OPSET) -> list[str]:
+def save_onnx(
+    model: nn.Module, folder: Path, *, example: Tensor, opset: int = OPSET, batch_size: int = AT_ONCE
+) -> list[str]:
     """Save `model` as one ONNX file with its weights inside and a free batch size. Returns the names of the files.
 
     Args:
         example: a batch that the model takes. Better real data than noise: the export is checked on all of its rows.
         opset: the version of the ONNX operators; 20 is the default and the newest that both exporters write.
+        batch_size: how many rows are computed at once.
 
     Raises:
         StageError: neither exporter gives a graph that computes what the model does; the text has their reasons, with
@@ -53,8 +57,8 @@ def save_onnx(model: nn.Module, folder: Path, *, example: Tensor, opset: int = O
     """
     folder.mkdir(parents=True, exist_ok=True)
     model, example = copied(model).eval().cpu(), example.detach().cpu()
-    bake(model, example)
-    checks = [example[:1], torch.cat([example, example[:1], example[:1]])]
+    bake(model, example[:batch_size])
+    checks = [example[:1], *torch.split(torch.cat([example, example[:1], example[:1]]), batch_size)]
     example = torch.cat([example, example])[:2]  # of one row, torch.export makes a constant batch
     expected = [seeded(model, batch) for batch in checks]
     require_one_tensor(expected[0])

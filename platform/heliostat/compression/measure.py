@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from heliostat.compression.formats import Model
+from heliostat.compression.parity import AT_ONCE
 
 Runnable = Callable[[Tensor], Any]
 Name = TypeVar("Name", bound=Hashable)
@@ -161,7 +162,7 @@ def _memory_kb(name: str) -> int:
 # --- outputs --------------------------------------------------------------------------------------------------------
 
 
-def compare_outputs(a: Runnable, b: Runnable, inputs: Tensor, *, batch_size: int = 256) -> dict[str, float]:
+def compare_outputs(a: Runnable, b: Runnable, inputs: Tensor, *, batch_size: int = AT_ONCE) -> dict[str, float]:
     """How far the outputs of two models are apart over the rows of `inputs`: `max_abs_diff` and `mean_abs_diff`, and
     `argmax_agreement`, the fraction of decisions over dim 1 that are the same, where there is more than one output.
     """

@@ -21,6 +21,9 @@ from heliostat.errors import StageError
 TOLERANCE = 1e-3
 """The largest difference allowed, relative to the largest value (or to 1)."""
 
+AT_ONCE = 64
+"""How many rows are computed at once where nothing is said."""
+
 Run = Callable[[Tensor], Tensor]
 Values = Mapping[str, Sequence[Tensor]]
 """By layer, the values that are computed inside it when it is first called, in order."""
@@ -69,17 +72,19 @@ def check_parity(
     what: str,
     values: Callable[[Tensor], Values],
     tolerance: float = TOLERANCE,
+    batch_size: int = AT_ONCE,
 ) -> None:
     """Compare the outputs of `other` with those of the torch model it was made of, drawing the same random numbers.
 
     Args:
         what: what `other` is, for the error.
         values: for a batch, what `other` computes in which layer; asked only if the outputs are apart.
+        batch_size: how many rows are computed at once.
 
     Raises:
         StageError: they are apart. It names the first layer that diverges.
     """
-    wanted, found = seeded(model, inputs), seeded(other, inputs)
+    wanted, found = (seeded(run, inputs, batch_size=batch_size) for run in (model, other))
     if found.shape != wanted.shape:
         raise StageError(f"{what} gives the shape {tuple(found.shape)} where the model gives {tuple(wanted.shape)}")
     if apart(found, wanted, tolerance):
@@ -113,11 +118,16 @@ def first_divergence(
     return None
 
 
-def seeded(run: Run, batch: Tensor) -> Tensor:
-    """What `run` gives, without gradients; random numbers that it draws are the same each time."""
+def seeded(run: Run, batch: Tensor, *, batch_size: int | None = None) -> Tensor:
+    """What `run` gives, without gradients, for all rows at once or for `batch_size` of them at a time.
+
+    Random numbers that it draws are the same each time.
+    """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return run(batch)
+        if batch_size is None or len(batch) <= batch_size:
+            return run(batch)
+        return torch.cat([run(rows) for rows in torch.split(batch, batch_size)])
 
 
 def require_one_tensor(outputs: Any) -> None:

@@ -18,6 +18,7 @@ from heliostat.compression.formats import describe_input, load_model, write_reco
 from heliostat.compression.macs import num_macs
 from heliostat.compression.parametrizations import bake, copied
 from heliostat.compression.parity import (
+    AT_ONCE,
     TOLERANCE,
     allowed,
     apart,
@@ -48,11 +49,14 @@ class Converter:
     """The package that an extra brings."""
 
 
-def save_program(model: nn.Module, folder: Path, *, example: Tensor, format: str) -> list[str]:
+def save_program(
+    model: nn.Module, folder: Path, *, example: Tensor, format: str, batch_size: int = AT_ONCE
+) -> list[str]:
     """Save `model` in one of the formats of `CONVERTERS`. Returns the names of the files.
 
     Args:
         example: a batch that the model takes, of real data: all of its rows are checked.
+        batch_size: how many rows are computed at once.
 
     Raises:
         StageError: the package for it is not installed; the model cannot be exported, with the line of its code; what
@@ -61,7 +65,7 @@ def save_program(model: nn.Module, folder: Path, *, example: Tensor, format: str
     converter = CONVERTERS[format]
     require_package(format)
     model, example = copied(model).eval().cpu(), example.detach().cpu()
-    bake(model, example)
+    bake(model, example[:batch_size])
     require_one_tensor(seeded(model, example[:1]))
     program = exported(model, example, free_batch=converter.free_batch)
     graph = program.module(check_guards=False)
@@ -71,6 +75,7 @@ def save_program(model: nn.Module, folder: Path, *, example: Tensor, format: str
         example[:NUM_CHECKED_ROWS],
         what="the graph of torch.export",
         values=lambda rows: values_of_program(program, rows),
+        batch_size=batch_size,
     )
 
     count, nonzero = count_parameters(model)
@@ -81,7 +86,10 @@ def save_program(model: nn.Module, folder: Path, *, example: Tensor, format: str
         "num_nonzero": nonzero,
         "quantization": None,
     }
-    return write_program(program, folder, format=format, record=record, example=example, wanted=seeded(model, example))
+    wanted = seeded(model, example, batch_size=batch_size)
+    return write_program(
+        program, folder, format=format, record=record, example=example, wanted=wanted, batch_size=batch_size
+    )
 
 
 def write_program(
@@ -93,6 +101,7 @@ def write_program(
     example: Tensor,
     wanted: Tensor,
     tolerance: float = TOLERANCE,
+    batch_size: int = AT_ONCE,
 ) -> list[str]:
     """Convert a graph to one of the formats of `CONVERTERS` and prove the file by running it. Returns the files' names.
 
@@ -100,6 +109,7 @@ def write_program(
         record: what `model.json` says, but for the format.
         wanted: what the graph gives for the rows of `example`.
         tolerance: how far the file's outputs may be from that, relative to the largest (or to 1).
+        batch_size: how many rows are computed at once.
 
     Raises:
         StageError: it cannot be converted; the file does not compute what the graph does.
@@ -112,7 +122,7 @@ def write_program(
     except Exception as error:  # converters raise all kinds
         raise StageError(f"the model cannot be converted to {format}. {reason(error)}") from error
     write_record(folder, {**record, "format": format})
-    found = seeded(load_model(folder), example)
+    found = seeded(load_model(folder), example, batch_size=batch_size)
     if found.shape != wanted.shape or apart(found, wanted, tolerance):
         raise StageError(
             f"{file.name} does not answer as the model: outputs differ by {difference(found, wanted):.3g}, tolerance "

@@ -30,6 +30,11 @@ class Spec(BaseModel):
         _drop_marked(self, document)
         return document
 
+    def settings(self) -> dict[str, Any]:
+        """Return the fields that say how and never what, as JSON values."""
+        marked = {name for name, field in type(self).model_fields.items() if NOT_IDENTITY in field.metadata}
+        return self.model_dump(mode="json", include=marked)
+
     @property
     def code_references(self) -> tuple[str, ...]:
         """The `module:attribute` of user code that the config names: its source is part of a node's identity."""

@@ -359,4 +359,20 @@ def artifact_of(node: Node) -> Artifact:
         wrong = record and (lacking(node.folder, record.files) or damaged(node.folder, record.files))
         what = f"missing or damaged: {', '.join(wrong)}; the next run makes them again" if wrong else "no record"
         raise ArtifactError(f"{node.name}: no finished artifact in {node.folder}: {what}")
-    return found
+    return _as_set_now(found, node)
+
+
+def _as_set_now(artifact: Artifact, node: Node) -> Artifact:
+    """An artifact whose params have the settings that the file has now: they are no reason to make the model again."""
+    params = artifact.record.params
+    if not isinstance(params.get("train"), Mapping) or not (settings := _settings_of(node)):
+        return artifact
+    given = {name: value for name, value in settings.items() if value is not None}
+    others = {name: value for name, value in params["train"].items() if name not in settings}
+    return replace(artifact, record=replace(artifact.record, params={**params, "train": {**others, **given}}))
+
+
+def _settings_of(node: Node) -> dict[str, Any]:
+    """Those of the config that a node's model was trained by: its own, or that of the nearest node before it."""
+    found = node.config.settings()
+    return found or next(filter(None, map(_settings_of, node.upstream)), {})

@@ -40,9 +40,11 @@ def export(context: StageContext, config: ExportConfig) -> StageResult:
     model = torch_model(source)
     example = samples(context.task, recipe, split="val", count=PARITY_SAMPLES)
     if config.format == "onnx":
-        files = save_onnx(model, context.folder, example=example)
+        files = save_onnx(model, context.folder, example=example, batch_size=recipe.rows_at_once())
     else:
-        files = save_program(model, context.folder, example=example, format=config.format)
+        files = save_program(
+            model, context.folder, example=example, format=config.format, batch_size=recipe.rows_at_once()
+        )
     details = {"opset": describe(context.folder)["opset"]} if config.format == "onnx" else {}
     return StageResult(
         files=[*files, *workshop_of(context, recipe).save_loss()],

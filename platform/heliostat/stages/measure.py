@@ -19,7 +19,7 @@ from heliostat.core.spec import Task
 from heliostat.core.stage import Validated
 from heliostat.errors import StageError
 from heliostat.stages.saved import check_saved
-from heliostat.training.config import TrainConfig
+from heliostat.training.config import CPU_ROWS, TrainConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -124,7 +124,9 @@ def assess_quality(folder: Path, task: Task, params: Mapping[str, Any], validate
     from heliostat.training.trained_loss import load_loss
 
     model = load_model(folder)
-    data, objective = build_data(task, recipe_of(params).data_args), build_objective(task, load_loss(folder))
+    recipe = recipe_of(params)
+    batch_size = recipe.rows_at_once()
+    data, objective = build_data(task, recipe.data_args), build_objective(task, load_loss(folder))
     figures: dict[str, float] = {
         "size_mb": size_mb(folder),
         "size_zip_mb": size_zip_mb(folder),
@@ -136,17 +138,22 @@ def assess_quality(folder: Path, task: Task, params: Mapping[str, Any], validate
     missing: dict[str, str] = {}
     for split in ("val", "test"):
         if split in data:
-            quality = evaluate_with_intervals(model, data[split], objective, split=split)
+            quality = evaluate_with_intervals(model, data[split], objective, split=split, batch_size=batch_size)
             figures |= quality.figures
             missing |= quality.missing
         if split == "val" and validated is not None:
-            again = partial(evaluate, model, data["val"], objective, split="val")
+            again = partial(evaluate, model, data["val"], objective, split="val", batch_size=batch_size)
             check_saved(folder, validated, figures, data=data, again=again)
     return Quality(figures, missing)
 
 
 def evaluate_with_intervals(
-    model: "Callable[[Tensor], Tensor]", dataset: "Dataset[Any]", objective: "Objective", *, split: str
+    model: "Callable[[Tensor], Tensor]",
+    dataset: "Dataset[Any]",
+    objective: "Objective",
+    *,
+    split: str,
+    batch_size: int = CPU_ROWS,
 ) -> Quality:
     """Return what `evaluate` does, and the ends of the 95 % interval of each metric that has one.
 
@@ -180,7 +187,7 @@ def evaluate_with_intervals(
         return replace(metric, function=function)
 
     noted = replace(objective, metrics=tuple(noting(metric) for metric in objective.metrics))
-    figures = evaluate(model, dataset, noted, split=split) | ends
+    figures = evaluate(model, dataset, noted, split=split, batch_size=batch_size) | ends
     return Quality({name: figure for name, figure in figures.items() if name not in missing}, missing)
 
 

@@ -9,13 +9,10 @@ from torch.utils.data import Dataset
 
 from heliostat.errors import StageError
 from heliostat.training.batches import evaluation_counts, evaluation_shares, load_batches
+from heliostat.training.config import CPU_ROWS
 from heliostat.training.losses import summed
 from heliostat.training.task import Objective
 from heliostat.training.world import World, gather_rows, sum_over_workers
-
-CPU_BATCH_SIZE = 128
-"""Larger batches fall out of the caches: a small CNN takes 1.6 times as long with 512 (measured)."""
-ACCELERATOR_BATCH_SIZE = 1024
 
 
 @torch.no_grad()  # not inference_mode: a tensor that a model caches here could not be trained with afterwards
@@ -25,7 +22,7 @@ def evaluate(
     objective: Objective,
     *,
     split: str,
-    batch_size: int | None = None,
+    batch_size: int = CPU_ROWS,
     world: World | None = None,
 ) -> dict[str, float]:
     """`{split}_loss` and every `{split}_{metric}` over the whole split exactly. A loss is as in `losses.py`.
@@ -35,7 +32,6 @@ def evaluate(
     a batch; a module is put into evaluation mode. Raises StageError where nothing has a weight in the loss.
     """
     world = world or World()
-    batch_size = batch_size or (CPU_BATCH_SIZE if world.device.type == "cpu" else ACCELERATOR_BATCH_SIZE)
     if isinstance(model, nn.Module):
         model.eval()
     if isinstance(objective.loss, nn.Module):
@@ -50,8 +46,8 @@ def evaluate(
         if share.num_samples:
             sums += torch.stack(summed(objective.part_of_loss(output, batch[1]), share.num_samples))
         if objective.metrics:
-            outputs.append(output[: share.num_samples])
-            targets.append(batch[1][: share.num_samples])
+            outputs.append(output[: share.num_samples].cpu())
+            targets.append(batch[1][: share.num_samples].cpu())
 
     total, weight = sum_over_workers(sums, world=world).tolist()
     if not weight:
@@ -59,7 +55,8 @@ def evaluate(
     row = {f"{split}_loss": total / weight}
     if objective.metrics:
         counts = evaluation_counts(num_samples, batch_size=batch_size, num_workers=world.size)
-        all_outputs = gather_rows(torch.cat(outputs), counts, world=world).cpu()
-        all_targets = gather_rows(torch.cat(targets), counts, world=world).cpu()
+        all_outputs = gather_rows(torch.cat(outputs), counts, world=world)
+        all_targets = gather_rows(torch.cat(targets), counts, world=world)
+        del outputs, targets
         row |= {f"{split}_{m.name}": m.value(all_outputs, all_targets, split=split) for m in objective.metrics}
     return row

@@ -160,6 +160,7 @@ def train_epochs(
     progress, best_state, best_loss = take_up(trainee, checkpoints, world=world)
     is_over = config.gives_up(progress.epoch, best_epoch=progress.best_epoch)
     checkpoint_s = 0.0
+    rows_at_once = config.rows_at_once(on_cpu=world.device.type == "cpu")
     layers: Marks = {}
 
     def validate() -> dict[str, float]:
@@ -172,7 +173,9 @@ def train_epochs(
             nonlocal layers
             first = marking(parallel.module) if not parallel.is_sharded and world.rank == 0 else nullcontext(Marks())
             with trainee.averaged(), first as layers:
-                return evaluate(parallel.outputs, data["val"], objective, split="val", world=parallel.data)
+                return evaluate(
+                    parallel.outputs, data["val"], objective, split="val", batch_size=rows_at_once, world=parallel.data
+                )
 
         return layout.attempt(measured, optimizer=trainee.optimizer)
 

@@ -4,6 +4,7 @@ The process group is the caller's: with `size` > 1 it is already initialised. Wi
 identity, so that the callers read the same for any number of workers.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+GATHERED_BYTES = 256_000_000
+"""What the rows of all workers, on their way to each, may take of a device."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,24 @@ def from_worker(rank: int, value: Any, *, world: World) -> Any:
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int], *, world: World) -> Tensor:
-    """Every worker's rows, in order of rank, on every worker; worker r has `counts[r]` of them."""
+    """Every worker's rows, in order of rank, on every worker; worker r has `counts[r]` of them.
+
+    They go over the workers' devices, on each of which only some lie at once.
+    """
     if world.size == 1:
         return rows
-    padded = rows.new_zeros((max(counts), *rows.shape[1:]), device=world.device)
-    padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded, group=world.group)
-    return torch.cat([part[:count].to(rows.device) for part, count in zip(gathered, counts)])
+    row_bytes = rows.element_size() * math.prod(rows.shape[1:])
+    size = max(1, GATHERED_BYTES // max(1, row_bytes * world.size))
+    parts: list[list[Tensor]] = [[] for _ in counts]
+    for start in range(0, max(counts), size):
+        padded = rows.new_zeros((min(size, max(counts) - start), *rows.shape[1:]), device=world.device)
+        mine = rows[start : start + size]
+        padded[: len(mine)] = mine
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded, group=world.group)
+        for part, found, count in zip(parts, gathered, counts):
+            part.append(found[: max(0, count - start)].to(rows.device))
+    return torch.cat([rows for part in parts for rows in part])
 
 
 def copy_buffers_from_first(model: nn.Module, *, world: World) -> None:

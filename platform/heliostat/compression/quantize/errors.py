@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
+
+from heliostat.compression.parity import AT_ONCE
 
 BAD_DB = 20.0
 """A tenth of the signal is noise. Activations in 8 bits have 30 to 45 dB."""
@@ -38,8 +41,8 @@ class RoundingError:
         return f"{self.layer} ({self.sqnr_db:.0f} dB)"
 
 
-def rounding_errors(int8: Path, inputs: Tensor) -> list[RoundingError]:
-    """Of each rounded activation of the ONNX graph in the file `int8`, for a batch, the worst first.
+def rounding_errors(int8: Path, inputs: Tensor, *, batch_size: int = AT_ONCE) -> list[RoundingError]:
+    """Of each rounded activation of the ONNX graph in the file `int8`, the worst first; `batch_size` rows at a time.
 
     A graph without rounded activations, such as one with dynamic ranges, has none.
     """
@@ -67,8 +70,9 @@ def rounding_errors(int8: Path, inputs: Tensor) -> list[RoundingError]:
     options.log_severity_level = 3
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    given = {session.get_inputs()[0].name: inputs.numpy()}
-    values = dict(zip(names, session.run(names, given)))
+    given = session.get_inputs()[0].name
+    computed = [session.run(names, {given: rows.numpy()}) for rows in torch.split(inputs, batch_size)]
+    values = {name: np.concatenate(parts) for name, parts in zip(names, zip(*computed))}
     found = []
     for node, after in pairs:
         name = node.input[0]

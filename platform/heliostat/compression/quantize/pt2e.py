@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 
 from heliostat.compression.formats import read_record
 from heliostat.compression.layers import names_matching
-from heliostat.compression.parity import TOLERANCE, seeded
+from heliostat.compression.parity import AT_ONCE, TOLERANCE, seeded
 from heliostat.compression.programs import exported, require_package, write_program
 from heliostat.compression.quantize.calibration import checked
 from heliostat.compression.quiet import quiet
@@ -72,6 +72,7 @@ def static(
     per_channel: bool = True,
     reduce_range: bool = False,
     skip: Sequence[str] = (),
+    batch_size: int = AT_ONCE,
 ) -> list[str]:
     """Quantize the convolutions and linear layers of the `.pt2` artifact in `source` to int8, into `target`.
 
@@ -81,6 +82,7 @@ def static(
         per_channel: one scale per output channel of a weight, instead of one per weight.
         reduce_range: 7-bit weights, for processors whose int8 products saturate; XNNPACK's do not.
         skip: patterns (as of `fnmatch`) of names of the model's layers that stay in float.
+        batch_size: how many rows of the example are computed at once.
 
     Returns:
         The names of the files written.
@@ -95,17 +97,20 @@ def static(
         dynamic=False, per_channel=per_channel, reduce_range=reduce_range, exact=frozenset(_matching(source, skip))
     )
     settings = {"calibration": "minmax", "calibration_rows": sum(map(len, batches)), "reduce_range": reduce_range}
-    return _quantize(source, target, backend, made, example, batches, {"method": "static", **settings})
+    told = {"method": "static", **settings}
+    return _quantize(source, target, backend, made, example, batches, told, batch_size)
 
 
-def dynamic(source: Path, target: Path, *, example: Tensor, skip: Sequence[str] = ()) -> list[str]:
+def dynamic(
+    source: Path, target: Path, *, example: Tensor, skip: Sequence[str] = (), batch_size: int = AT_ONCE
+) -> list[str]:
     """Quantize the linear layers of the `.pt2` artifact in `source` for ExecuTorch, with ranges found at every call.
 
     There is a scale for each output channel: XNNPACK has no kernel for one of a weight. Arguments, outcome and errors
     are those of `static`.
     """
     made = _Settings(dynamic=True, per_channel=True, reduce_range=False, exact=frozenset(_matching(source, skip)))
-    return _quantize(source, target, "executorch", made, example, [example[:1]], {"method": "dynamic"})
+    return _quantize(source, target, "executorch", made, example, [example[:1]], {"method": "dynamic"}, batch_size)
 
 
 def layers_of(source: Path) -> list[str]:
@@ -121,6 +126,7 @@ def _quantize(
     example: Tensor,
     batches: Sequence[Tensor],
     told: Mapping[str, Any],
+    batch_size: int,
 ) -> list[str]:
     runtime = TARGETS[backend]
     require_package(runtime.format)
@@ -157,7 +163,8 @@ def _quantize(
         format=runtime.format,
         record={**record, "quantization": quantization},
         example=example,
-        wanted=seeded(quantized, example),
+        wanted=seeded(quantized, example, batch_size=batch_size),
+        batch_size=batch_size,
         tolerance=runtime.tolerance,
     )
 

@@ -90,7 +90,8 @@ def appraise(
         figures = costs_of(made.folder)
         finished = load_model(made.folder)
         if passes:
-            figures |= evaluate(finished, data["val"], build_objective(task, load_loss(made.folder)), split="val")
+            objective = build_objective(task, load_loss(made.folder))
+            figures |= evaluate(finished, data["val"], objective, split="val", batch_size=shop.batch_size)
         return figures | (latency_of(finished, shop, alone=alone) if timed else {})
 
 

@@ -74,7 +74,8 @@ def explore(
     made = make_chain(links, start, shop=shop, gate=gate)
     gate.give_way()
     finished = load_model(made.folder)
-    quality = evaluate_with_intervals(finished, data["val"], build_objective(task, load_loss(made.folder)), split="val")
+    objective = build_objective(task, load_loss(made.folder))
+    quality = evaluate_with_intervals(finished, data["val"], objective, split="val", batch_size=shop.batch_size)
     figures = costs_of(made.folder) | dict(quality.figures)
     for name, value in figures.items():
         if not math.isfinite(value):

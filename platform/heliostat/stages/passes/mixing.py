@@ -70,7 +70,7 @@ def within_max_drop(shop: Workshop, exact: Path, config: QuantizeConfig, calibra
     Raises StageError, with the figures of all that was tried, if there is none.
     """
     objective, limits = shop.objective, config.max_drop
-    before = evaluate(load_model(exact), shop.data["val"], objective, split="val")
+    before = evaluate(load_model(exact), shop.data["val"], objective, split="val", batch_size=shop.batch_size)
     given = _Given(shop.portable, files_in(exact), calibration)
     signs = {metric: 1 if objective.mode(metric) == "max" else -1 for metric in limits}
     tried: list[tuple[Attempt, Drops | str]] = []
@@ -176,7 +176,9 @@ def _harmed(given: _Given, attempt: Attempt) -> list[str]:
 def inspect(folder: Path, shop: Workshop) -> list[RoundingError]:
     """What rounding harms badly in an artifact, the worst first; nothing for formats whose graph does not tell."""
     graph = folder / "model.onnx"
-    return blamed(rounding_errors(graph, shop.samples("val", INSPECTED_SAMPLES))) if graph.exists() else []
+    if not graph.exists():
+        return []
+    return blamed(rounding_errors(graph, shop.samples("val", INSPECTED_SAMPLES), batch_size=shop.batch_size))
 
 
 def _made(given: _Given, attempt: Attempt, scratch: Path) -> Path:
@@ -193,8 +195,8 @@ def _figures(given: _Given, attempt: Attempt) -> dict[str, float] | str:
             folder = _made(given, attempt, Path(scratch))
         except StageError as error:
             return str(error)
-        objective = given.shop.objective
-        return evaluate(load_model(folder), given.shop.data["val"], objective, split="val")
+        shop = given.shop
+        return evaluate(load_model(folder), shop.data["val"], shop.objective, split="val", batch_size=shop.batch_size)
 
 
 def _excess(drops: Drops, limits: Mapping[str, float]) -> float:

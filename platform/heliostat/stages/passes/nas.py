@@ -276,7 +276,7 @@ def _quality(given: _Given, point: Point) -> Row:
     take_weights(model, given.weights)
     recalibrate(model, _calibration(shop))
     return {
-        **evaluate(model, shop.data["val"], shop.objective, split="val"),
+        **evaluate(model, shop.data["val"], shop.objective, split="val", batch_size=shop.batch_size),
         "num_params": num_params(model),
     }
 

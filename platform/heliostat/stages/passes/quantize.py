@@ -40,10 +40,11 @@ def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> St
             model, tuned, found = _aware(shop, source, config)
             details |= {"history": tuned.history, "best_epoch": tuned.epoch, **tuned.notes, **found}
             metrics, exact = tuned.metrics, Path(scratch, "aware")
-            tool.export(model, exact, example=shop.samples("val", PARITY_SAMPLES))
+            tool.export(model, exact, example=shop.samples("val", PARITY_SAMPLES), batch_size=shop.batch_size)
         elif describe(source.folder)["format"] != BACKENDS[config.backend].takes:
             exact = Path(scratch, "float")
-            tool.export(torch_model(source), exact, example=shop.samples("val", PARITY_SAMPLES))
+            rows = shop.samples("val", PARITY_SAMPLES)
+            tool.export(torch_model(source), exact, example=rows, batch_size=shop.batch_size)
 
         if config.method in tool.uncalibrated:
             files = tool.uncalibrated[config.method](Job(exact, shop.folder, shop, config, config.skip))
@@ -61,7 +62,8 @@ def quantize_model(shop: Workshop, source: Source, config: QuantizeConfig) -> St
 
 def _calibrated(shop: Workshop, exact: Path, config: QuantizeConfig) -> tuple[list[str], dict[str, Any]]:
     """Static int8; the files, and what was found out about the layers where some may stay in float."""
-    calibration = _equal_batches(shop.samples(config.calibration_split, config.calibration_samples))
+    rows = shop.samples(config.calibration_split, config.calibration_samples)
+    calibration = _equal_batches(rows, at_once=shop.batch_size)
     tool = TOOLS[config.backend]
     if not config.max_drop:
         return tool.static(Job(exact, shop.folder, shop, config, config.skip, calibration)), {}
@@ -69,10 +71,14 @@ def _calibrated(shop: Workshop, exact: Path, config: QuantizeConfig) -> tuple[li
     return found.attempt.quantize(exact, shop.folder, shop, calibration), dict(found.details)
 
 
-def _equal_batches(rows: Tensor) -> Sequence[Tensor]:
-    """All rows but for a few at the end: ONNX Runtime's histograms take batches of one size."""
+def _equal_batches(rows: Tensor, *, at_once: int) -> Sequence[Tensor]:
+    """All rows but for a few at the end: ONNX Runtime's histograms take batches of one size.
+
+    Which rows these are does not depend on how many are computed `at_once`.
+    """
     size = len(rows) // -(-len(rows) // CALIBRATION_BATCH_SIZE)
-    return [batch for batch in torch.split(rows, size) if len(batch) == size]
+    kept = rows[: len(rows) // size * size]
+    return torch.split(kept, max(part for part in range(1, min(size, at_once) + 1) if len(kept) % part == 0))
 
 
 def _aware(shop: Workshop, source: Source, config: QuantizeConfig) -> tuple[nn.Module, Fit, dict[str, Any]]:
@@ -91,6 +97,7 @@ def _aware(shop: Workshop, source: Source, config: QuantizeConfig) -> tuple[nn.M
         shop.samples("val", PARITY_SAMPLES),
         what="the model that was trained, its rounding left out,",
         values=partial(values_of_module, exactly),
+        batch_size=shop.batch_size,
     )
     return model, tuned, {"not_rounded": exact, **lesson.details}
 

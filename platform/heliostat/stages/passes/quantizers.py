@@ -90,11 +90,12 @@ def _static_pt2e(job: Job, *, backend: pt2e.Backend) -> Files:
         per_channel=job.config.per_channel,
         reduce_range=job.config.weights_of_7_bits,
         skip=job.skip,
+        batch_size=job.shop.batch_size,
     )
 
 
 def _dynamic_pte(job: Job) -> Files:
-    return pt2e.dynamic(job.exact, job.target, example=job.example, skip=job.skip)
+    return pt2e.dynamic(job.exact, job.target, example=job.example, skip=job.skip, batch_size=job.shop.batch_size)
 
 
 # --- LiteRT ---------------------------------------------------------------------------------------------------------

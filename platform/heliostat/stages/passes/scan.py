@@ -49,7 +49,7 @@ def scan(
     """
     given = _Given(shop.portable, files_in(source.folder), config)
     objective = shop.objective
-    before = evaluate(model, shop.data["val"], objective, split="val")
+    before = evaluate(model, shop.data["val"], objective, split="val", batch_size=shop.batch_size)
     sizes, pieces = _sizes(shop, model, config)
     levels = {layer: _possible(settings.levels, count) for layer, count in pieces.items()}
     layers = [name for name, _ in model.named_modules() if levels.get(name)]
@@ -125,5 +125,5 @@ def _pruned_figures(given: _Given, tries: Sequence[Sparsities]) -> list[Figures]
             model = load_torch(Path(folder))
             bake(model)
             model, _, _ = cut(shop, model, config, sparsities)
-            figures.append(evaluate(model, shop.data["val"], objective, split="val"))
+            figures.append(evaluate(model, shop.data["val"], objective, split="val", batch_size=shop.batch_size))
     return figures

@@ -24,7 +24,8 @@ from heliostat.training.batches import Batch, first_rows
 from heliostat.training.first_batch import check_samples
 from heliostat.training.task import Data
 
-BATCH_SIZE = 256
+FIRST_ROWS = 256
+"""Whose outputs tell one teacher from another."""
 LOOKED_AT = 64
 """So many samples tell how outputs are to be compared."""
 AT_MOST_MB = 1000.0
@@ -106,7 +107,11 @@ def taught_by(
     elif (data := _with_outputs(shop, teach)) is not None:
         yield Lesson(data, lambda outputs, batch: batch_loss(outputs, batch, batch[-1]), details)
     else:
-        yield Lesson(shop.data, lambda outputs, batch: batch_loss(outputs, batch, teach(batch[0])), details)
+
+        def asked(outputs: Tensor, batch: Batch) -> Tensor:
+            return batch_loss(outputs, batch, teacher_outputs(teach, batch[0], shop.batch_size))
+
+        yield Lesson(shop.data, asked, details)
 
 
 def _soft_loss(
@@ -118,8 +123,7 @@ def _soft_loss(
     """
     inputs, targets, *_ = first_rows(shop.data["train"], LOOKED_AT)
     was_training = student.training
-    with torch.no_grad():
-        answers, outputs = teach(inputs), student.eval()(inputs)
+    answers, outputs = (teacher_outputs(run, inputs, shop.batch_size) for run in (teach, student.eval()))
     student.train(was_training)
     if outputs.shape != answers.shape:
         raise StageError(
@@ -146,21 +150,21 @@ def _with_outputs(shop: Workshop, teacher: Teacher) -> Data | None:
     if type(train) is not TensorDataset:
         return None
     inputs = train.tensors[0]
-    first = teacher_outputs(teacher, inputs[:BATCH_SIZE], BATCH_SIZE)
+    first = teacher_outputs(teacher, inputs[:FIRST_ROWS], shop.batch_size)
     if first.nbytes / len(first) * len(inputs) > AT_MOST_MB * 1e6:
         return None
-    outputs = _shared(shop.shelf, teacher, inputs, first)
+    outputs = _shared(shop.shelf, teacher, inputs, first, batch_size=shop.batch_size)
     return {**shop.data, "train": TensorDataset(*train.tensors, outputs)}
 
 
-def _shared(shelf: Path | None, teacher: Teacher, inputs: Tensor, first: Tensor) -> Tensor:
-    """The teacher's outputs, of which `first` are those of the first batch: by whoever needed them first.
+def _shared(shelf: Path | None, teacher: Teacher, inputs: Tensor, first: Tensor, *, batch_size: int) -> Tensor:
+    """The teacher's outputs, of which `first` are those of the first rows: by whoever needed them first.
 
     The file is named by the inputs and by these outputs, which no other teacher gives. It is mapped, so that processes
     share its memory. A shelf that cannot be written, or a file that was cut short, only costs the sharing.
     """
     if shelf is None:
-        return teacher_outputs(teacher, inputs, BATCH_SIZE)
+        return teacher_outputs(teacher, inputs, batch_size)
     digest = hashlib.blake2b(digest_size=8)
     for tensor in (inputs, first):
         digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -175,9 +179,9 @@ def _shared(shelf: Path | None, teacher: Teacher, inputs: Tensor, first: Tensor)
             with suppress(OSError, RuntimeError):
                 outputs = torch.load(file, mmap=True, weights_only=True)
             if outputs is None:
-                outputs = teacher_outputs(teacher, inputs, BATCH_SIZE)
+                outputs = teacher_outputs(teacher, inputs, batch_size)
                 _leave(outputs, file)
-    return teacher_outputs(teacher, inputs, BATCH_SIZE) if outputs is None else outputs
+    return teacher_outputs(teacher, inputs, batch_size) if outputs is None else outputs
 
 
 def _leave(outputs: Tensor, file: Path) -> None:

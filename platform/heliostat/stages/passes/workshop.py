@@ -87,6 +87,11 @@ class Workshop:
         return first_inputs(self.data, split=split, count=count)
 
     @property
+    def batch_size(self) -> int:
+        """How many samples are computed at once without gradients."""
+        return self.recipe.rows_at_once()
+
+    @property
     def example(self) -> Tensor:
         """A batch of one real sample: what a model is traced with."""
         return self.samples("val", 1)
@@ -175,17 +180,22 @@ class Workshop:
         """
         loaded, inputs = load_torch(self.folder), self.samples("val", PARITY_SAMPLES)
         what, values = "the model, saved and loaded again,", partial(values_of_module, loaded)
-        check_parity(model.eval(), loaded, inputs, what=what, values=values)
+        check_parity(model.eval(), loaded, inputs, what=what, values=values, batch_size=self.batch_size)
         return self.parity(model, against="the model before saving")
 
     def parity(self, source: Any, *, against: str) -> dict[str, Any]:
         """How far what is in the folder, loaded again, is from `source` on real samples of the validation split."""
         inputs = self.samples("val", PARITY_SAMPLES)
-        return {"against": against, **compare_outputs(load_model(self.folder), source, inputs)}
+        return {
+            "against": against,
+            **compare_outputs(load_model(self.folder), source, inputs, batch_size=self.batch_size),
+        }
 
     def backward_on(self, count: int) -> Callable[[nn.Module], None]:
         """A function that adds to a model's parameters the gradients of the loss over so many training samples."""
         loss, steps = self.objective.mean_loss, -(-count // BATCH)
+        step_size = -(-self.recipe.batch_size // self.recipe.accumulate_steps)
+        at_once = min(BATCH, self.batch_size, step_size)
 
         def backward(model: nn.Module) -> None:
             for parameter in model.parameters():
@@ -199,7 +209,9 @@ class Workshop:
                 device=torch.device("cpu"),
                 max_steps=steps,
             ):
-                loss(model(batch[0]), batch[1]).backward()  # type: ignore[no-untyped-call]
+                for inputs, targets in zip(*(torch.split(item, at_once) for item in batch[:2])):
+                    part = loss(model(inputs), targets) * (len(inputs) / len(batch[0]))
+                    part.backward()  # type: ignore[no-untyped-call]
 
         return backward
 
