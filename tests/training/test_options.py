@@ -14,10 +14,11 @@ from torch.utils.data import Dataset, IterableDataset
 from heliostat.core.paths import overlay
 from heliostat.errors import SpecError
 from heliostat.training.checkpoints import Checkpoints
-from heliostat.training.config import SCHEDULERS, TrainConfig
+from heliostat.training.config import TrainConfig
 from heliostat.training.ema import Ema
 from heliostat.training.loop import evaluate, fit
 from heliostat.training.optim import build_optimizer, build_schedule
+from heliostat.training.schedule_config import SCHEDULERS
 from heliostat.training.task import Objective, build_data
 
 Data = Mapping[str, Dataset[Any]]

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from heliostat.core.imports import resolve, why_not_callable
 from heliostat.core.stage import ConfigView
 from heliostat.errors import nearest
-from heliostat.training.config import SCHEDULERS, TrainConfig, why_not_trained
+from heliostat.training.config import TrainConfig, why_not_trained
+from heliostat.training.schedule_config import SCHEDULERS
 
 UNTRAINABLE = {"quantize", "export"}
 """Kinds whose models have no torch parameters that could be trained."""

@@ -11,7 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from heliostat.core.imports import resolve
 from heliostat.errors import SpecError
-from heliostat.training.config import LENGTHS, SHAPES, OptimizerConfig, SchedulerConfig
+from heliostat.training.config import OptimizerConfig, SchedulerConfig
+from heliostat.training.schedule_config import LENGTHS, SHAPES
 from heliostat.training.strategies.gradients import is_spread
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
