@@ -144,7 +144,7 @@ def test_the_averaged_weights_are_what_is_evaluated_and_kept_and_training_goes_o
     assert [row["train_loss"] for row in averaged.history] == [row["train_loss"] for row in plain.history]
     model = new_model()
     model.load_state_dict(averaged.state)
-    kept = evaluate(model, data["val"], objective, split="val")
+    kept = evaluate(model, data["val"], objective, split="val", batch_size=8)
     assert kept["val_loss"] == averaged.metrics["val_loss"] != plain.metrics["val_loss"]
 
 
