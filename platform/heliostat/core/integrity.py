@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -43,9 +44,9 @@ def check_files(files: Any, *, place: str) -> None:
 
 def check_inside(folder: Path, names: Iterable[str]) -> None:
     """Raise ArtifactError for a name that a symbolic link leads out of `folder`."""
-    below = {Path(name, "_").parents[up] for name in names for up in range(len(Path(name).parts))}
-    for path in sorted(folder / part for part in below if (folder / part).is_symlink()):
-        if not (target := path.resolve()).is_relative_to(folder.resolve()):
+    below = {"/".join(parts[: end + 1]) for parts in (name.split("/") for name in names) for end in range(len(parts))}
+    for path in sorted(f"{folder}/{part}" for part in below):
+        if os.path.islink(path) and not (target := Path(path).resolve()).is_relative_to(folder.resolve()):
             raise ArtifactError(f"{path} is a link that leads to {target}, outside of the artifact")
 
 
@@ -96,7 +97,11 @@ def verify(folder: Path, files: Files) -> None:
 
 
 def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None
 
 
 def _stamp(path: Path) -> list[int]:
