@@ -146,7 +146,13 @@ def store(tmp_path) -> Path:
     write_record(folder, record)
     nodes = [
         {"name": "train", "status": "ran", "seconds": 1.5, "path": str(folder)},
-        {"name": "prune[sparsity=0.5]", "status": "failed", "seconds": 0.5, "path": str(store / "x")},
+        {
+            "name": "prune[sparsity=0.5]",
+            "status": "failed",
+            "seconds": 0.5,
+            "path": str(store / "x"),
+            "error": "no layer",
+        },
     ]
     write_run(store, "toy-20240101-000000", {"status": "failed", "nodes": nodes, "selected": None})
     return store
@@ -190,6 +196,7 @@ def test_show_tells_a_run_with_its_nodes(store, heliostat):
     done = heliostat("show", "toy-20240101-000000")
     assert "toy-20240101-000000: failed" in done.stdout
     assert re.search(r"prune\[sparsity=0\.5\] +failed", done.stdout)
+    assert "prune[sparsity=0.5] failed: no layer" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["train", "aaaa1111", ".heliostat/toy/train/aaaa1111bbbb2222"])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from heliostat.core.commands import command, note_given, run_again, with_store
+from heliostat.core.commands import command, note_given, run_again
 from heliostat.core.credentials import keep_passwords_out_of_sight, redacted
 from heliostat.core.disk import disk_error, with_advice
 from heliostat.errors import HeliostatError
@@ -129,7 +129,7 @@ def _run_trial(
 
 def _show_result(result: "RunResult", metric: str | None) -> None:
     from heliostat.core.artifact import read_record
-    from heliostat.report.text import candidates_table
+    from heliostat.report.text import candidates_table, next_step
 
     console = _console()
     if result.selected is not None:
@@ -148,14 +148,7 @@ def _show_result(result: "RunResult", metric: str | None) -> None:
     elif result.status == "failed":
         console.print(f"fix it, then run: {run_again()}", markup=False, soft_wrap=True, highlight=False)
     else:
-        console.print(f"next: {_next_line(result)}", markup=False, soft_wrap=True, highlight=False)
-
-
-def _next_line(result: "RunResult") -> str:
-    uri = result.tracking["uri"] or ""
-    if uri.startswith("http"):
-        return f"open {uri} and review the experiment {result.tracking['experiment']!r}"
-    return with_store("ui", result.nodes[0].path.parents[2])
+        console.print(f"next: {next_step(result)}", markup=False, soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -246,6 +239,9 @@ def show(
         rows = [(n["name"], n["status"], n["seconds"], n["path"]) for n in document["nodes"]]
         console.print(f"{document['run']}: {document['status']}", markup=False)
         console.print(table_of(("node", "status", "seconds", "folder"), rows))
+        for node in document["nodes"]:
+            if reason := node.get("error"):
+                console.print(f"{node['name']} {node['status']}: {reason}", markup=False, soft_wrap=True)
         return
     console.print(f"{document['node']} ({document['uses']}), {document['started_at']}", markup=False, style="bold")
     console.print(document["path"], markup=False, soft_wrap=True, highlight=False)

@@ -31,6 +31,11 @@ def test_force_is_repeated_only_where_the_run_has_to_begin_anew():
     assert run_again("--force", "best") == "heliostat run toy.yaml --force best"
 
 
+def test_a_suggested_command_shows_no_password():
+    note_given(Path("toy.yaml"), ["tracking.uri=http://me:secret@host:5000"])
+    assert run_again() == "heliostat run toy.yaml --set 'tracking.uri=http://***@host:5000'"
+
+
 def test_a_job_is_suggested_as_it_was_submitted(monkeypatch):
     note_given(Path("toy.yaml"), ["storage=/srv"], address="auto")
     submitted = submit_again(Given(Path("a/toy.yaml"), SETTINGS[:1], "http://head:8265"))

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from heliostat.core.credentials import redacted
+
 SUBMITTED_AS = "HELIOSTAT_SUBMITTED_AS"
 """In the environment of a job: the command that submitted it, which is what its user can type again."""
 
@@ -62,8 +64,8 @@ def with_store(name: str, storage: Path) -> str:
 
 
 def command(*words: str) -> str:
-    """`heliostat WORDS`, quoted for a shell."""
-    return shlex.join([_program(), *words])
+    """`heliostat WORDS`, quoted for a shell. Passwords are left out; who pastes it types them again."""
+    return shlex.join([_program(), *map(redacted, words)])
 
 
 def _file_and_settings(given: Given) -> list[str]:

@@ -8,7 +8,10 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from heliostat.core.commands import with_store
+
 if TYPE_CHECKING:
+    from heliostat.core.outcome import RunResult
     from heliostat.runtime.one_trial import Rerun
 
 ROOM_FOR_REASONS = 120
@@ -67,6 +70,13 @@ def candidates_table(rows: Sequence[Mapping[str, Any]], metric: str | None, *, w
         table.add_row(*map(Text, cells), style="bold green" if row["chosen"] else None)
     reasons = [] if beside else [Text(f"  {row['model']}: {row['why']}") for row in rows]
     return Group(table, *reasons)
+
+
+def next_step(result: "RunResult") -> str:
+    uri = result.tracking["uri"] or ""
+    if uri.startswith("http"):
+        return f"open {uri} and review the experiment {result.tracking['experiment']!r}"
+    return with_store("ui", result.nodes[0].path.parents[2])
 
 
 def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
