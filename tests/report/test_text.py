@@ -1,11 +1,13 @@
 """How figures and tables look on a terminal."""
 
 import io
+import sys
 
 import pytest
 from rich.console import Console
 
-from heliostat.report.text import candidates_table, duration, figure, table_of
+from heliostat.core.outcome import NodeOutcome, RunResult
+from heliostat.report.text import candidates_table, duration, figure, next_step, table_of
 
 
 def text_of(renderable, width: int) -> str:
@@ -87,3 +89,16 @@ def test_without_a_metric_the_loss_is_shown():
 
 def test_square_brackets_in_a_cell_are_not_taken_for_markup():
     assert "prune[sparsity=0.5]" in text_of(table_of(("node", ""), [("prune[sparsity=0.5]", None)]), 80)
+
+
+def test_the_next_step_after_a_run_opens_the_history_where_that_run_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["heliostat"])
+    monkeypatch.chdir(tmp_path)
+    node = NodeOutcome("train", "train", "train", "ran", "f", tmp_path / "store" / "toy" / "train" / "f")
+
+    def next_of(uri):
+        return next_step(RunResult("toy", "done", (node,), {"uri": uri, "experiment": "toy"}, None))
+
+    assert next_of(f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}") == "heliostat ui --storage store"
+    assert next_of("sqlite:////srv/all.db") == "mlflow ui --backend-store-uri sqlite:////srv/all.db"
+    assert next_of("http://host:5000") == "open http://host:5000 and review the experiment 'toy'"

@@ -137,12 +137,14 @@ def test_a_run_that_goes_on_forgets_its_error(server, tmp_path):
         tracker.start_run("p", name="p")
         if attempt == "fails":
             tracker.error("p", "ValueError: no\nwhere")
-        tracker.end_run("p", status="FAILED" if attempt == "fails" else "FINISHED")
+        tracker.end_run("p", status="FAILED" if attempt == "fails" else "FINISHED", seconds=7.5)
         assert tracker.close() == 0
         (run,) = runs(server.uri, "mended")
         files = [file.path for file in mlflow.MlflowClient(server.uri).list_artifacts(run.info.run_id)]
         expected = ("ValueError: no", ["error.txt"]) if attempt == "fails" else (None, [])
         assert (run.data.tags.get("heliostat.error"), files) == expected
+        assert ("mlflow.note.content" in run.data.tags) == (attempt == "fails")
+        assert run.info.end_time - run.info.start_time == 7500  # the work, whenever it was
 
 
 def test_what_the_server_refuses_does_not_hold_up_the_rest(server, tmp_path, caplog):

@@ -1,5 +1,6 @@
 """How figures and tables look on a terminal."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from heliostat.core.commands import with_store
+from heliostat.core.tracking_uri import SQLITE
 
 if TYPE_CHECKING:
     from heliostat.core.outcome import RunResult
@@ -73,10 +75,14 @@ def candidates_table(rows: Sequence[Mapping[str, Any]], metric: str | None, *, w
 
 
 def next_step(result: "RunResult") -> str:
+    """Where a finished run is reviewed."""
+    store = result.nodes[0].path.parents[2]
     uri = result.tracking["uri"] or ""
     if uri.startswith("http"):
         return f"open {uri} and review the experiment {result.tracking['experiment']!r}"
-    return with_store("ui", result.nodes[0].path.parents[2])
+    if uri != f"{SQLITE}{store / 'mlflow.db'}":
+        return shlex.join(["mlflow", "ui", "--backend-store-uri", uri])
+    return with_store("ui", store)
 
 
 def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
