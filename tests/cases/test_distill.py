@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import yaml
 
 import heliostat
 from heliostat.core.load import load_pipeline
@@ -17,6 +18,21 @@ def test_a_student_with_other_outputs_than_its_teacher_is_refused_by_the_plan(ca
     plan(load_pipeline(file))
     with pytest.raises(SpecError, match=r"\(s_ten\).*the student ends in 5 outputs, its teacher in 10"):
         plan(load_pipeline(file, settings=[WRONG]))
+
+
+@pytest.mark.parametrize(("out", "problem"), [(10, None), (5, "the student ends in 5 outputs, its teacher in 10")])
+def test_a_student_in_a_chain_is_compared_with_the_model_that_goes_in(case_file, out, problem):
+    file = case_file("distill/pipeline.yaml")
+    document = yaml.safe_load(file.read_text())
+    step = {"distill": {"model_args.out": out, "epochs": 1}}
+    document["stages"].append({"name": "chain", "uses": "compress", "inputs": {"model": "t_ten"}})
+    document["stages"][-1]["config"] = {"passes": [step], "max_drop": {"val_loss": 0.1}}
+    file.write_text(yaml.safe_dump(document))
+    if problem is None:
+        plan(load_pipeline(file))
+        return
+    with pytest.raises(SpecError, match=problem):
+        plan(load_pipeline(file))
 
 
 @pytest.mark.slow

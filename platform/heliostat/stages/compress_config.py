@@ -201,9 +201,8 @@ def check_steps(config: CompressConfig, view: ConfigView) -> Iterator[str]:
         train = find_kind("train")
         said: dict[str, None] = {}
         for uses, settings in config.probed(index):
-            slot = "teacher" if uses == "distill" else "model"
-            kind = find_kind(uses)
-            problems = kind.check(settings, replace(view, inputs={slot: [(train, train.config())]}))
+            slots = {"teacher": view.inputs["model"]} if uses == "distill" else {"model": [(train, train.config())]}
+            problems = find_kind(uses).check(settings, replace(view, inputs=slots))
             said |= dict.fromkeys(p.replace("config", f"config.passes[{index}].{uses}", 1) for p in problems)
         yield from said
         before = list(step)
