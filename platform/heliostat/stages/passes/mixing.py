@@ -25,7 +25,7 @@ from heliostat.stages.passes.workshop import Workshop, files_in, write_files
 from heliostat.stages.quantize import BACKENDS, QuantizeConfig
 from heliostat.training.evaluation import evaluate
 
-INSPECTED_SAMPLES = 64
+INSPECTED_SAMPLES = 32
 
 
 @dataclass(frozen=True)
