@@ -132,6 +132,24 @@ def test_parameters_that_cannot_be_trained_are_refused_before_training() -> None
         trained_loss(own_step, TrainConfig(), by_another=False)
 
 
+SCALE = nn.Parameter(torch.ones(()))
+FROZEN = nn.Parameter(torch.ones(()), requires_grad=False)
+
+
+class HalfHidden(Centres):
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return SCALE * super().forward(outputs, targets)
+
+
+@pytest.mark.parametrize("loss", [lambda outputs, targets: SCALE * outputs.square().mean(), HalfHidden()])
+def test_parameters_that_a_loss_does_not_show_are_refused_before_training(
+    train: Callable[..., Fit], loss: Callable[..., Tensor]
+) -> None:
+    with pytest.raises(StageError, match=r"task\.loss: it depends on parameters of the shapes \[\(\)\] that no optim"):
+        train(objective=Objective(loss))
+    train(objective=Objective(lambda outputs, targets: FROZEN * outputs.square().mean()), epochs=1)
+
+
 def test_another_loss_in_training_leaves_the_tasks_as_it_was(train: Callable[..., Fit]) -> None:
     fitted = train(batch_loss=lambda outputs, batch: outputs.square().mean())
     assert fitted.loss_state == {}

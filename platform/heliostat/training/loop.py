@@ -24,7 +24,7 @@ from heliostat.training.evaluation import evaluate
 from heliostat.training.first_batch import check_outputs, check_samples
 from heliostat.training.layout import SAMPLES, Layout, choose_layout
 from heliostat.training.leftover import find_min_rows
-from heliostat.training.losses import BatchLoss, LossMeter, LossRule
+from heliostat.training.losses import BatchLoss, LossMeter, LossRule, in_full_precision
 from heliostat.training.marks import Marks, marking
 from heliostat.training.phases import Phases
 from heliostat.training.progress import Fit, OnBest, OnEpoch, Progress, is_better
@@ -35,7 +35,7 @@ from heliostat.training.strategies import parallelize
 from heliostat.training.strategies.auto import choose_strategy
 from heliostat.training.strategies.parallel import copy_on_cpu
 from heliostat.training.task import Data, Objective
-from heliostat.training.trained_loss import trained_loss
+from heliostat.training.trained_loss import refuse_hidden_parameters, trained_loss
 from heliostat.training.trainee import Trainee, start_training
 from heliostat.training.weights import require_plain_state
 from heliostat.training.world import World, any_worker, copy_buffers_from_first
@@ -155,6 +155,13 @@ def train_epochs(
         )
         notes = dict(least.notes)
         if batch_loss is None:
+            if objective.train_step is None and not objective.is_exact:
+                num_parts = parallel.data.size * config.parts_per_worker
+                count = max(least.rows, config.batch_size // num_parts)
+                rows = first_rows(data["train"], count, device=world.device)
+                with torch.no_grad():
+                    outputs = parallel.outputs(rows[0])
+                refuse_hidden_parameters(objective, in_full_precision(outputs), rows[1])
             notes |= notes_on_split_loss(parallel, data["train"], config, objective, seed=seed, min_rows=least.rows)
 
     progress, best_state, best_loss = take_up(trainee, checkpoints, world=world)

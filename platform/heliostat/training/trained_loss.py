@@ -4,14 +4,17 @@ Both are kept in checkpoints and saved beside the model, since the loss on `val`
 another loss is trained, such as a distillation's, the state stays what it was.
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from heliostat.errors import StageError
 from heliostat.training.config import TrainConfig
+from heliostat.training.losses import mean_of
 from heliostat.training.task import Objective
 
 FILE = "loss.pt"
@@ -39,6 +42,37 @@ def trained_loss(objective: Objective, config: TrainConfig, *, by_another: bool)
                 "them parameters of the model"
             )
     return loss
+
+
+def refuse_hidden_parameters(objective: Objective, outputs: Tensor, targets: Tensor) -> None:
+    """Raise StageError where a loss depends on parameters that it does not show, so that nobody would train them."""
+    own = objective.loss
+    if isinstance(own, nn.Module):
+        own = copy.deepcopy(own).eval()
+    shown = {id(p) for p in own.parameters()} if isinstance(own, nn.Module) else set()
+    with torch.enable_grad():
+        loss = mean_of(own(outputs.detach(), targets))
+    hidden = [tuple(p.shape) for p in _leaves(loss) if id(p) not in shown]
+    if hidden:
+        raise StageError(
+            f"task.loss: it depends on parameters of the shapes {hidden} that no optimizer would get; make it an "
+            "nn.Module that holds them, or fix them by requires_grad_(False)"
+        )
+
+
+def _leaves(loss: Tensor) -> list[nn.Parameter]:
+    """The parameters that a loss was computed from."""
+    found, seen, ahead = [], set(), [loss.grad_fn]
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, nn.Parameter):
+            found.append(variable)
+        ahead += [before for before, _ in node.next_functions]
+    return found
 
 
 def has_parameters(objective: Objective) -> bool:
