@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from heliostat.compression.history import replay
 from heliostat.compression.macs import num_macs
@@ -198,6 +199,7 @@ def load_torch(folder: Path) -> nn.Module:
     try:
         with _drawing_from(record.get("seed")):
             model: nn.Module = call_isolated(record["reference"], folder / "code", revealed(record["model_args"]))
+            _materialize(model, record["input"])
         replay(model, record["history"])
     except HeliostatError as error:
         raise ArtifactError(f"the model in {folder} cannot be built: {error}") from error
@@ -208,6 +210,16 @@ def load_torch(folder: Path) -> nn.Module:
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise ArtifactError(f"{folder / 'weights.pt'} is damaged or does not fit the model: {error}") from error
     return model.eval()
+
+
+def _materialize(model: nn.Module, described: Mapping[str, Any]) -> None:
+    """Give lazy layers their sizes, which the history and the weights need, by inputs as `describe_input` says."""
+    if any(isinstance(module, LazyModuleMixin) for module in model.modules()):
+        rows = torch.zeros(2, *described["shape"], dtype=getattr(torch, described["dtype"]))
+        with torch.no_grad():
+            model.eval()(rows)
+            if any(isinstance(module, LazyModuleMixin) for module in model.modules()):
+                model.train()(rows)  # buffers that it changes are loaded with the weights
 
 
 @contextmanager

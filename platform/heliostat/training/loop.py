@@ -23,6 +23,7 @@ from heliostat.training.config import TrainConfig
 from heliostat.training.evaluation import evaluate
 from heliostat.training.first_batch import check_outputs, check_samples
 from heliostat.training.layout import SAMPLES, Layout, choose_layout
+from heliostat.training.lazy import materialize
 from heliostat.training.leftover import find_min_rows
 from heliostat.training.losses import BatchLoss, LossMeter, LossRule, in_full_precision
 from heliostat.training.marks import Marks, marking
@@ -110,8 +111,9 @@ def train_epochs(
     """What `fit` goes through, epoch by epoch. Several trainings may take turns: an epoch depends on its seed alone."""
     world = world or World()
     monitor, mode = objective.monitor(config)
-    require_plain_state(model)
     check_samples(data)
+    materialize(model, lambda: first_rows(data["train"], 2)[0])
+    require_plain_state(model)
     if isinstance(objective.loss, nn.Module):
         objective.loss.to(world.device)
     rule = LossRule(

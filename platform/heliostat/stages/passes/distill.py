@@ -10,6 +10,7 @@ from heliostat.core.stage import StageResult, Validated
 from heliostat.stages.distill import DistillConfig
 from heliostat.stages.passes.teaching import taught_by
 from heliostat.stages.passes.workshop import Source, Workshop
+from heliostat.training.lazy import materialize
 from heliostat.training.seeding import seed_everything
 from heliostat.training.task import build_model
 
@@ -21,6 +22,7 @@ def distill_model(shop: Workshop, teachers: Sequence[Source], config: DistillCon
     seed_everything(shop.seed)
     task = shop.task.model_copy(update={"model": config.model}) if config.model else shop.task
     model = build_model(task, shop.recipe.model_args)
+    materialize(model, lambda: shop.samples("train", 2))
     names = ", ".join(teacher.node for teacher in teachers)
     warnings = [
         f"the student is no smaller than {teacher.node}: {num_params(model)} of {num_params(teacher.folder)} parameters"

@@ -32,6 +32,7 @@ from heliostat.stages.nas import NasConfig
 from heliostat.stages.passes.workshop import Workshop
 from heliostat.training.batches import Batch, epoch_batches, first_rows
 from heliostat.training.evaluation import evaluate
+from heliostat.training.lazy import materialize
 from heliostat.training.seeding import seed_everything
 from heliostat.training.task import build_model
 from heliostat.training.trained_loss import has_parameters
@@ -57,6 +58,7 @@ def search_architecture(shop: Workshop, config: NasConfig, *, alone: Callable[..
     smallest = {path: values[0] for path, values in config.elastic.items()}
     seed_everything(shop.seed)
     supernet = build_model(shop.task, _arguments(shop, largest))
+    materialize(supernet, lambda: shop.samples("train", 2))
     if has_parameters(shop.objective) and not shop.loss_state:
         raise SpecError("task.loss: it has parameters, which nas does not train; fix them by requires_grad_(False)")
     _check_elastic(shop, config, supernet)
@@ -159,7 +161,9 @@ def _sandwich(
 def _subnet(shop: Workshop, point: Point) -> nn.Module:
     """A new network. The generators stay where they were: a training that goes on from a checkpoint builds fewer."""
     with torch.random.fork_rng(devices=[]):
-        return build_model(shop.task, _arguments(shop, point))
+        subnet = build_model(shop.task, _arguments(shop, point))
+        materialize(subnet, lambda: shop.samples("train", 2))
+        return subnet
 
 
 def _arguments(shop: Workshop, point: Point) -> dict[str, Any]:

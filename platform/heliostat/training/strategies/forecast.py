@@ -9,6 +9,7 @@ from torch import nn
 from heliostat.core.credentials import revealed
 from heliostat.training.config import TrainConfig
 from heliostat.training.devices import Device, shared, whole_device
+from heliostat.training.lazy import lazy_layers
 from heliostat.training.losses import LossRule
 from heliostat.training.memory import Activations, activations
 from heliostat.training.strategies.auto import weigh
@@ -21,7 +22,11 @@ def on_meta(build_model: Callable[..., Any], config: TrainConfig) -> nn.Module |
             model = build_model(**revealed(config.model_args, place="model_args"))
     except Exception as error:  # a model function may need real tensors
         return f"known when it trains ({type(error).__name__}: {error})"
-    return model if isinstance(model, nn.Module) else f"not known: task.model gives {type(model).__name__}, no module"
+    if not isinstance(model, nn.Module):
+        return f"not known: task.model gives {type(model).__name__}, no module"
+    if lazy := lazy_layers(model):
+        return f"known when it trains (the data says the sizes of {', '.join(lazy)})"
+    return model
 
 
 def forecast(
