@@ -159,7 +159,11 @@ def outputs_of(model: nn.Module, batch: Tensor) -> dict[str, Tensor]:
 
         return keep
 
-    handles: list[RemovableHandle] = [m.register_forward_hook(hook(name)) for name, m in model.named_modules()]
+    handles: list[RemovableHandle] = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)  # takes no hooks
+    ]
     try:
         seeded(model, batch)
     finally:

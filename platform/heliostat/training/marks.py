@@ -19,6 +19,11 @@ last is the model itself, which has no name."""
 TOLERANCE = 1e-3
 
 
+def hookable_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the named modules that take forward hooks: all but those that TorchScript compiled."""
+    return [(name, module) for name, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule)]
+
+
 @contextmanager
 def marking(model: nn.Module) -> Iterator[Marks]:
     """Within it the first call of the model fills the marks.
@@ -47,7 +52,7 @@ def marking(model: nn.Module) -> Iterator[Marks]:
             handles.pop().remove()
 
     if not any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
-        handles += [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
+        handles += [module.register_forward_hook(hook(name)) for name, module in hookable_modules(model)]
     try:
         yield marks
     finally:
