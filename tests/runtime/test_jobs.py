@@ -318,3 +318,11 @@ def test_a_password_among_the_settings_of_a_job_is_refused_for_all_would_see_it(
     with pytest.raises(SpecError, match="whoever sees the job would see the password") as refused:
         jobs.submit(pipeline, address="http://head:8265", settings=[setting], echo=pytest.fail)
     assert "hunter2" not in str(refused.value)
+
+
+def test_a_job_knows_the_command_that_submitted_it_and_suggests_that_one(tmp_path):
+    submitted = "heliostat submit 'my toy.yaml' --set a=b --address http://head:8265"
+    entrypoint = jobs._entrypoint("my toy.yaml", ["a=b"], "~/store", "heliostat.cli", submitted)
+    shown = entrypoint.replace('exec "$PYTHON"', 'printf "%s\\n" "$HELIOSTAT_SUBMITTED_AS"; : ')
+    done = subprocess.run(["sh", "-c", shown], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{submitted}\n"
