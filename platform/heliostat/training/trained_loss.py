@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from heliostat.errors import StageError
 from heliostat.training.config import TrainConfig
 from heliostat.training.losses import mean_of
+from heliostat.training.structure import require_loss
 from heliostat.training.task import Objective
 
 FILE = "loss.pt"
@@ -51,8 +52,10 @@ def refuse_hidden_parameters(objective: Objective, outputs: Tensor, targets: Ten
         own = copy.deepcopy(own).eval()
     shown = {id(p) for p in own.parameters()} if isinstance(own, nn.Module) else set()
     with torch.enable_grad():
-        loss = mean_of(own(outputs.detach(), targets))
-    hidden = [tuple(p.shape) for p in _leaves(loss) if id(p) not in shown]
+        loss = own(outputs.detach(), targets)
+    with torch.no_grad():  # of these outputs the loss may have no gradient
+        require_loss(loss)
+    hidden = [tuple(p.shape) for p in _leaves(mean_of(loss)) if id(p) not in shown]
     if hidden:
         raise StageError(
             f"task.loss: it depends on parameters of the shapes {hidden} that no optimizer would get; make it an "
