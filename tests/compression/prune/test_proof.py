@@ -214,3 +214,25 @@ def test_a_cut_leaves_the_generators_and_the_statistics_as_they_were(nets, image
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(1))
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+class ShuffleUnit(nn.Module):
+    """Splits the channels, works on one half, and shuffles both, as in ShuffleNet V2 (arXiv 1807.11164)."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        left, right = x.chunk(2, dim=1)
+        x = torch.cat((left, self.last(self.first(right).relu())), 1)
+        n, channels, height, width = x.shape
+        return x.view(n, 2, channels // 2, height, width).transpose(1, 2).reshape(n, channels, height, width)
+
+
+def test_what_lies_between_the_shuffles_of_a_network_is_cut_and_what_they_couple_is_not():
+    layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), ShuffleUnit(), ShuffleUnit(), nn.Conv2d(16, 32, 1), nn.Conv2d(32, 4, 1)]
+    smaller, (step,) = structured(nn.Sequential(*layers), example=torch.randn(4, 3, 8, 8), sparsity=0.25)
+    assert [unit.first.out_channels for unit in (smaller[2], smaller[3])] == [6, 6]
+    assert (smaller[0].out_channels, smaller[4].out_channels) == (16, 24)
+    assert step["kept"].keys() == {"0", "2.last", "3.last", "5"}

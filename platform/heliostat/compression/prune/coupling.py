@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from heliostat.compression.layers import WEIGHTED, tied_parameters
-from heliostat.compression.prune.dependency import Graph
+from heliostat.compression.prune.dependency import Graph, UntraceableError
 
 PRUNABLE = (*WEIGHTED, nn.Embedding)
 """Layers whose width can change."""
@@ -70,6 +70,11 @@ def couplings(graph: Graph, skip: Mapping[str, str]) -> tuple[dict[str, Coupling
             continue
         try:
             coupling, reason = _coupling(graph, layer, names)
+        except UntraceableError as error:
+            lost = [names[module] for module in error.modules if isinstance(module, PRUNABLE)]
+            kept |= dict.fromkeys(lost, f"torch-pruning cannot follow its channels: {error}")
+            seen.update(lost)
+            continue
         except Exception as error:  # the library's arithmetic fails in many ways
             kept[names[layer]] = f"torch-pruning cannot follow its channels: {type(error).__name__}: {error}"
             continue

@@ -18,14 +18,17 @@ from torch_pruning.pruner import function
 
 from heliostat.compression.layers import WEIGHTED
 
-MAX_OPERATIONS = 20_000
-"""Of one group. The largest of torchvision's models has some hundred."""
-MAX_INDICES = 1 << 22
-"""Of one operation: channels, or those of a flattened layer."""
+MAX_CHANNELS = 4_000_000
+"""Followed for one group, counted at each operation. The residual stream of a ResNet-152 has some 600,000."""
 
 
 class UntraceableError(Exception):
     """A group whose channels the library cannot follow; the text says where."""
+
+    def __init__(self, text: str, found: Group) -> None:
+        super().__init__(text)
+        self.modules = {dep.target.module for dep, _ in found.items}
+        """What was found of the group before."""
 
 
 class WholeGroups(function.GroupNormPruner):  # type: ignore[misc]
@@ -84,11 +87,11 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
         everything = Group()
         first = Dependency(pruning_fn, pruning_fn, source=root, target=root)
         everything.add_dep(first, [_helpers._HybridIndex(idx=i, root_idx=i) for i in idxs])
-        stack, visited = [everything.items[0]], set()
+        stack, visited, followed = [everything.items[0]], set(), 0
         while stack:
             dep, channels = stack.pop()
             if dep.target in self._lost:
-                raise UntraceableError(f"{dep.target.name}: {self._lost[dep.target]}")
+                raise UntraceableError(f"{dep.target.name}: {self._lost[dep.target]}", everything)
             visited.add(dep.target)
             for following in dep.target.dependencies:
                 if not following.is_triggered_by(dep.handler):
@@ -100,8 +103,9 @@ class Graph(torch_pruning.DependencyGraph):  # type: ignore[misc]
                     continue
                 if not mapped or (following.target in visited and everything.has_pruning_op(following, mapped)):
                     continue
-                if len(mapped) > MAX_INDICES or len(everything) > MAX_OPERATIONS:
-                    raise UntraceableError(f"{following.target.name}: its channels are coupled without end")
+                followed += len(mapped)
+                if followed > MAX_CHANNELS:
+                    raise UntraceableError(f"{following.target.name}: they are coupled without end", everything)
                 everything.add_dep(following, mapped)
                 stack.append(everything.items[-1])
         return self._merged(everything)
