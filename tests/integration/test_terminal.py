@@ -14,7 +14,7 @@ import pytest
 
 OWN_LINE = re.compile(
     r"\d\d:\d\d:\d\d (toy: \d+ nodes|what Ray says is kept in |"
-    r"[\w\[\]=.]+: (starts|made|measuring|done in|epoch|\d+/\d+ trials))"
+    r"[\w\[\]=.]+: (starts|made|measuring|done in|warning: a large fall|epoch|\d+/\d+ trials))"
 )
 """What the plain view writes: the time, and what happened to which node."""
 

@@ -215,7 +215,7 @@ def test_what_a_model_costs_is_an_objective_measured_while_other_trials_pause(co
     log.touch()
     objectives = ["val_accuracy", {"num_params": "min"}, {"latency_ms": "min"}]
     space = {"model_args.width": {"grid": [3, 16]}, "model_args.log": str(log)}
-    config = search(space=space, objectives=objectives, train=TRAIN | {"batch_size": 1})
+    config = search(space=space, objectives=objectives, train=TRAIN | {"batch_size": 1, "eval_batch_size": 128})
     found = tune(context("search", resources=Resources()), config)
 
     front = {trial["trial"]: trial for trial in found.details["front"]}

@@ -46,7 +46,9 @@ class Forgetful(torch.nn.Linear):
 
     def __init__(self, *sizes):
         super().__init__(*sizes)
-        self.register_buffer("mask", (torch.rand(sizes[1]) > 0.5).float(), persistent=False)
+        unseeded = torch.Generator()
+        unseeded.seed()
+        self.register_buffer("mask", torch.rand(sizes[1], generator=unseeded), persistent=False)
 
     def forward(self, x):
         return super().forward(x) * self.mask
