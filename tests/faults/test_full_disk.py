@@ -1,4 +1,4 @@
-"""A store on a disk that fills up: every part of a run says so, and goes on once there is room."""
+"""A store on a disk that fills up: every part of a run says so, and the same command resumes once there is room."""
 
 import json
 import subprocess

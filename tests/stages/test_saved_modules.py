@@ -202,7 +202,7 @@ def test_a_module_of_any_kind_is_saved_as_it_was_trained(tmp_path, kind, ema_dec
     assert saved._metadata == state._metadata == fitted.state._metadata
     assert list(saved) == list(state)
 
-    # As a run that goes on: the same state from the checkpoint of the last epoch, into a model that is built anew.
+    # As in a resumed run: the same state from the checkpoint of the last epoch, into a model that is built anew.
     seed_everything(shop.seed)
     again = build_model(shop.task, shop.recipe.model_args)
     resumed = shop.fine_tune(again, shop.recipe)

@@ -236,7 +236,7 @@ def test_a_run_that_resumes_in_another_layout_goes_on_the_same(
 
 
 def test_a_parameter_with_gaps_in_memory_is_trained_as_torch_trains_it_by_default() -> None:
-    """The fused kernels would read the gaps, and tell nobody."""
+    """The fused kernels would read the gaps silently."""
 
     def trained(make: Callable[[nn.Parameter], torch.optim.Optimizer]) -> Tensor:
         torch.manual_seed(0)

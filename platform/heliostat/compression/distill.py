@@ -78,8 +78,8 @@ def mean_outputs(models: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tens
 def matched_features(
     student: nn.Module, teacher: nn.Module, pairs: Mapping[str, str]
 ) -> Iterator[Callable[[int], Tensor]]:
-    """Yields the loss of the batch, of so many rows, that both models have just seen: how differently their layers
-    tell samples apart.
+    """Yield the feature loss: given the number of rows of the batch that both models have just seen, how differently
+    their layers tell samples apart.
 
     For each pair of layers, the mean squared difference of the (batch, batch) matrices of inner products of the
     features of samples, rows scaled to length 1 (similarity-preserving distillation, Tung and Mori 2019,

@@ -15,7 +15,7 @@ from heliostat.compression.parity import difference
 from heliostat.compression.refusal import located
 
 CHECKED_ROWS = 4
-"""So many rows of real data the two networks are compared on."""
+"""Rows of real data on which the two networks are compared."""
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 """The largest difference that passes, relative to the largest value of the output."""
 AT_REST = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)

@@ -7,9 +7,9 @@
     dense       (batch, classes, ...), as `cross_entropy` takes it: the same in each position, over dim 1
     tokens      (batch, ..., classes): the same in each position, over the last dim
 
-A softmax over one logit is always 1: as `classes` a task with one output would learn nothing of its teacher. So `auto`
-looks at the loss of the task. What it can be told by name is told so; a function of the user's is tried on the first
-batch, and where that leaves a doubt, it is refused.
+A softmax over one logit is always 1, so with `classes` a student with one output would learn nothing from its teacher.
+`auto` therefore chooses by the loss of the task: a loss of torch by its name, a function of the user by trying it on
+the first batch. It refuses an ambiguous loss.
 """
 
 import math

@@ -40,8 +40,8 @@ def note_given(
 def run_again(*more: str, force: bool = False) -> str:
     """`heliostat run` with the file and the flags that were given, and `more`.
 
-    `--force` is left out unless asked for: what it named has been made anew by then, or goes on where it was
-    interrupted; given again, it would throw that away. A job is submitted again.
+    `--force` is left out unless `force`: the forced stages have finished by then, or resume from where they were
+    interrupted, and a second `--force` would discard that work. A job is submitted again.
     """
     submitted_as = os.environ.get(SUBMITTED_AS)
     if submitted_as and not more:

@@ -12,7 +12,7 @@ from heliostat.core.artifact import Record, records, write_json
 from heliostat.errors import SpecError, nearest
 
 STORES_NAMED = 3
-"""So many of the stores that are near are named to whoever looked in the wrong folder."""
+"""The number of nearby stores that the error names when a folder holds none."""
 
 
 def new_run_id(pipeline: str) -> str:

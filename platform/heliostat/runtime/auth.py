@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 OPEN: Final = (
-    "asks for no token: whoever reaches it can run anything there; on its head node type: ray stop; "
+    "asks for no token: anyone who reaches it can run anything there; on its head node type: ray stop; "
     "ray get-auth-token --generate; chmod 600 ~/.ray/auth_token; RAY_AUTH_MODE=token ray start --head"
 )
 ASK_TIMEOUT_S = 5.0
@@ -34,7 +34,7 @@ def token_source() -> str | None:
 
 
 def make_token_private() -> None:
-    """Have a token in Ray's default file, if there is none anywhere, and let nobody but its owner read that file."""
+    """Create a token in Ray's default file if there is none anywhere, and make that file private to its owner."""
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or token_source() not in (None, str(_default())):
         return
     file = _default()

@@ -5,7 +5,7 @@ the next; and an autoscaler, though nothing can be added. Both are left out. The
 without, starts as it does where the packages of a dashboard are not installed: nobody asks this one for anything, and
 the node waits for what it imports. On two busy cores a Ray is there in half of the time.
 
-Its processes listen on 127.0.0.1 alone: whoever reaches a Ray can run anything as its user.
+Its processes listen on 127.0.0.1 alone: anyone who reaches a Ray can run anything as its user.
 """
 
 from collections.abc import Iterator

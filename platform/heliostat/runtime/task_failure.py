@@ -1,9 +1,9 @@
-"""Failures that are the task's, and not those of a trial's parameters: they end a search once, and not every trial.
+"""Failures of the task itself: they end a search once, where failures of parameters end one trial.
 
-A package that is missing, data that cannot be read, samples that make no batch or a metric that raises fail in the
-same way at every point. So a trial that fails before it has a figure, while none has ended yet, goes on to try other
-points of the space, with one step of training each. If all fail as it did, the search ends with its reason. A search
-whose first trials work pays nothing for it.
+A missing package, unreadable data, samples that do not batch or a metric that raises fail at every point of the space.
+When a trial fails before it reports a figure, and no trial has ended yet, it tries other points of the space with one
+step of training each. If all fail alike, the search ends with that reason. A search whose first trials work pays
+nothing.
 """
 
 import random
@@ -21,7 +21,7 @@ from heliostat.runtime.tasks import own_traceback
 from heliostat.runtime.work import Conditions, OnEpoch, Trial, Work
 
 AT_MOST = 12
-"""So many other points are tried: where one point in three can work, they miss all of them once in 130 times."""
+"""The number of other points to try: if one point in three works, all of them miss it once in 130 searches."""
 LENGTH = ("epochs", "steps_per_epoch")
 """What a point says of how long to train is left out."""
 

@@ -17,7 +17,7 @@ METRIC = 0.03
 """Of the larger figure. Without intervals it has to be `METRIC_ALONE`."""
 METRIC_ALONE = 0.1
 LOSS_TIMES = 2.0
-"""So many times what it was, where the task has no metric; else `LOSS_TIMES_BESIDE`."""
+"""The factor by which a loss may rise where the task has no metric; beside a metric `LOSS_TIMES_BESIDE`."""
 LOSS_TIMES_BESIDE = 3.0
 NAMED = 3
 SLOTS = ("model", "teacher")

@@ -29,9 +29,9 @@ RELATIVE_OWN = 5e-2
 """Of what the user's own loop reports: it may take means of batches, or compute in half precision."""
 ABSOLUTE = 1e-5
 SAMPLES = 2.5
-"""A metric may differ by what so many samples count for."""
+"""The number of samples by whose weight a metric may differ."""
 OF_INTERVAL = 0.1
-"""Or by so much of its 95 % interval."""
+"""Or the share of its 95 % interval."""
 DRAWS = 5
 """How often figures that are apart are computed again, to see whether they are random."""
 
@@ -76,7 +76,7 @@ def check_saved(
 
 
 def check_made(shop: "Workshop", result: StageResult) -> None:
-    """The same of what a pass left in the workshop's folder, for whoever goes on with it without measuring it."""
+    """Check the model that a pass saved in the workshop's folder, for callers that do not measure it."""
     if result.validated is None:
         return
     from heliostat.compression.formats import load_model

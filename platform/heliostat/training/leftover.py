@@ -55,7 +55,7 @@ def find_min_rows(
 
 
 def _leaves_one(dataset: Dataset[Any], config: TrainConfig, world: World) -> bool:
-    """Whether a batch, a part of one or a worker's share may be a single sample. Of a stream nobody knows."""
+    """Return whether a batch, a part of one or a worker's share may be a single sample. In a stream it may."""
     if isinstance(dataset, IterableDataset):
         return True
     num_samples: int = len(dataset)  # type: ignore[arg-type]

@@ -35,7 +35,7 @@ class LossSum(NamedTuple):
 
 
 def summed(loss: Loss, num_samples: int) -> LossSum:
-    """The loss of a batch of so many samples that count. Raises StageError for what is no loss."""
+    """Return the loss of a batch, of which `num_samples` count, as sum and weight. Raises StageError for no loss."""
     total, weight = _pair(loss) if not isinstance(loss, Tensor) else (_scalar(loss) * num_samples, num_samples)
     weight = torch.as_tensor(weight, dtype=torch.float64, device=total.device).detach()
     return LossSum(total.detach().double().reshape(()), weight.reshape(()))
@@ -117,7 +117,7 @@ class LossRule:
         return found
 
     def part_of_mean(self, loss: Loss, share: Share, num_samples: int) -> Tensor:
-        """What so many samples of a share add to the loss of the global batch, averaged over workers.
+        """Return what `num_samples` of a share add to the loss of the global batch, averaged over workers.
 
         A sum is divided by the number of samples, which is known, until `end_step` knows the weight.
         """

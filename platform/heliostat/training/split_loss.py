@@ -25,7 +25,7 @@ from heliostat.training.task import Objective
 from heliostat.training.world import World, any_worker
 
 NUM_BATCHES = 4
-"""So many global batches are looked at."""
+"""The number of global batches on which the loss is checked."""
 TOLERANCE = 1e-4
 """How far the two may be apart, relative to their size."""
 
@@ -70,7 +70,7 @@ def notes_on_split_loss(
         restore_randomness()
     name = "task.loss" if objective.train_step is None else "task.train_step"
     if any_worker(is_random, world=parallel.world):
-        return {"split_loss": f"{name} draws random numbers, so nobody checked that it is a mean over samples"}
+        return {"split_loss": f"{name} draws random numbers, so it was not checked to be a mean over samples"}
     is_exact = _distance(whole, parts) <= TOLERANCE * max(abs(whole), abs(parts))
     if not any_worker(not is_exact and not math.isnan(whole), world=parallel.world):
         return {}

@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 from heliostat.errors import StageError
 
 SHOWN = 8
-"""So many items of a collection are shown."""
+"""The number of items shown of a collection."""
 
 
 def describe(value: Any) -> str:

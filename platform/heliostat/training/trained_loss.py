@@ -46,7 +46,7 @@ def trained_loss(objective: Objective, config: TrainConfig, *, by_another: bool)
 
 
 def refuse_hidden_parameters(objective: Objective, outputs: Tensor, targets: Tensor) -> None:
-    """Raise StageError where a loss depends on parameters that it does not show, so that nobody would train them."""
+    """Raise StageError where a loss depends on parameters that it does not expose: they would never be trained."""
     own = objective.loss
     if isinstance(own, nn.Module):
         own = copy.deepcopy(own).eval()

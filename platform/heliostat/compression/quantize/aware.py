@@ -4,7 +4,7 @@ https://arxiv.org/abs/1712.05877).
 `attach` makes every convolution and linear layer see its weights and its inputs rounded to the grid that static
 quantization uses, while gradients pass as if they were not (the straight-through estimator). `detach` takes that off,
 and nothing else: the weights are float again, and static quantization loses little of them. A layer that computes its
-weight (weight norm, spectral norm) goes on doing so, and what it computed is rounded. With one scale for each output
+weight (weight norm, spectral norm) keeps computing it, and the result is rounded. With one scale for each output
 channel the grid does not change when batch norm is folded into the weights, so both see the same one.
 """
 

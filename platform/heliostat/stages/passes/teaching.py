@@ -27,7 +27,7 @@ from heliostat.training.task import Data
 FIRST_ROWS = 256
 """Whose outputs tell one teacher from another."""
 LOOKED_AT = 64
-"""So many samples tell how outputs are to be compared."""
+"""The number of samples on which the loss against the teacher is chosen."""
 AT_MOST_MB = 1000.0
 """Outputs that would take more are computed for each batch anew: they have to be in memory beside the data."""
 
@@ -158,7 +158,9 @@ def _with_outputs(shop: Workshop, teacher: Teacher) -> Data | None:
 
 
 def _shared(shelf: Path | None, teacher: Teacher, inputs: Tensor, first: Tensor, *, batch_size: int) -> Tensor:
-    """The teacher's outputs, of which `first` are those of the first rows: by whoever needed them first.
+    """Return the teacher's outputs, computed by the first candidate that needs them.
+
+    `first` are the outputs of the first rows.
 
     The file is named by the inputs and by these outputs, which no other teacher gives. It is mapped, so that processes
     share its memory. A shelf that cannot be written, or a file that was cut short, only costs the sharing.
