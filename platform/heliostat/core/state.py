@@ -20,22 +20,22 @@ def map_state(state: Mapping[str, Any], change: Change) -> OrderedDict[str, Any]
 
 def map_tensors(tree: Any, change: Change) -> Any:
     """The same for mappings, lists and tuples in each other, such as a checkpoint with a state dict in it."""
-    changed: dict[Any, Any] = {}
+    return _mapped(tree, change, {})
 
-    def mapped(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            items = ((key, mapped(item)) for key, item in value.items())
-            return with_metadata_of(value, OrderedDict(items)) if isinstance(value, OrderedDict) else dict(items)
-        if type(value) in (list, tuple):
-            return type(value)(mapped(item) for item in value)
-        if not hasattr(value, "untyped_storage"):
-            return value
-        key = _memory_of(value) or id(value)
-        if key not in changed:
-            changed[key] = change(value)
-        return changed[key]
 
-    return mapped(tree)
+def _mapped(value: Any, change: Change, changed: dict[Any, Any]) -> Any:
+    """Map one part. (A closure that calls itself would keep all of `changed` until the garbage collector runs.)"""
+    if isinstance(value, Mapping):
+        items = ((key, _mapped(item, change, changed)) for key, item in value.items())
+        return with_metadata_of(value, OrderedDict(items)) if isinstance(value, OrderedDict) else dict(items)
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(item, change, changed) for item in value)
+    if not hasattr(value, "untyped_storage"):
+        return value
+    key = _memory_of(value) or id(value)
+    if key not in changed:
+        changed[key] = change(value)
+    return changed[key]
 
 
 def with_metadata_of(state: Mapping[str, Any], other: Mapping[str, Any]) -> OrderedDict[str, Any]:
