@@ -66,19 +66,17 @@ def find_sound(names: Sequence[str], try_: Callable[[list[str]], str | None]) ->
     """
     sound: list[str] = []
     reasons: dict[str, str] = {}
-
-    def add(more: Sequence[str]) -> None:
+    pending = [list(names)] if names else []
+    while pending:
+        more = pending.pop()
         reason = try_([*sound, *more])
         if reason is None:
             sound.extend(more)
         elif len(more) == 1:
             reasons[more[0]] = reason
         else:
-            add(more[: len(more) // 2])
-            add(more[len(more) // 2 :])
-
-    if names:
-        add(names)
+            half = len(more) // 2
+            pending += [more[half:], more[:half]]  # the first half is tried next
     return sound, reasons
 
 
