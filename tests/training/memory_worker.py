@@ -77,7 +77,8 @@ def main(name: str, optimizer: str, rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=WORKERS)
     world = World(rank, WORKERS)
-    train(nn.Sequential(nn.Linear(8, 8)), torch.randn(8, 8), optimizer, world, folder / "first")  # what torch loads
+    small = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 8))
+    train(small, torch.randn(8, 3, 8, 8), optimizer, world, folder / "first")  # what torch loads, in both layouts
     build, make_inputs = MODELS[name]
     inputs = make_inputs()
     before = memory_mb("VmRSS")
