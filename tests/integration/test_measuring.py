@@ -56,8 +56,10 @@ def test_a_model_that_was_made_is_not_made_again_to_be_measured(cut_off):
 def test_what_was_not_measured_together_is_measured_again_to_be_compared(cut_off):
     _, _, _, store = cut_off
     after = records(store)
-    own = after["train"]["metrics"]["latency_ms"]
+    own = after["train"]["metrics"]
     table = {row["model"]: row for row in after["best"]["details"]["table"]}
-    assert table["train"]["metrics"]["latency_ms"] != own
+    timed = {name: ms for name, ms in table["train"]["metrics"].items() if name.startswith("latency_ms")}
+    assert len(timed) > 2
+    assert timed != {name: own[name] for name in timed}  # one figure alone may come out the same
     ratio = table["train"]["metrics"]["latency_ms"] / table["student"]["metrics"]["latency_ms"]
     assert table["student"]["speed_up"] == pytest.approx(ratio, rel=1e-5)
